@@ -1,0 +1,260 @@
+"""The typed configuration: one frozen dataclass a section, loaded strictly, with every fault reported at once.
+
+The YAML files in `conf/` carry values and no types; Hydra composes them (see `_hydra.py`), and `from_dict` turns the resolved
+dictionary into a `Config` or raises one `ConfigError` that lists every unknown key, wrong type, bad value and impossible
+combination. Each key is documented here, where it is defined; `--help` prints these texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, Union
+
+from paratrain.errors import ConfigError
+
+REQUIRED = dataclasses.MISSING
+
+
+def key(default: Any, doc: str, *, minimum: float | None = None, alias: str | None = None, rest: bool = False) -> Any:
+    """A documented configuration key.
+
+    Args:
+        minimum: the least number it accepts.
+        alias: its name in YAML where that is no Python name (`_target_`).
+        rest: the field takes every key of its section that has no field of its own.
+    """
+    metadata = {"doc": doc, "minimum": minimum, "alias": alias, "rest": rest}
+    if default is REQUIRED:
+        return field(metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Target(dict):
+    """`{_target_: dotted.path, **arguments}`: an object of the user's own, built by `paratrain.build.instantiate`."""
+
+
+Degree = int | None
+
+
+@dataclass(frozen=True)
+class Parallel:
+    dp_replicate: Degree = key(None, "ranks that hold replicas of the weights; -1 fills; null: what the strategy asks for", minimum=-1)
+    dp_shard: Degree = key(None, "ranks over which weights, gradients or states are sharded; -1 fills; null: as the strategy asks", minimum=-1)
+    cp: int = key(1, "context parallel degree: ranks that share one sequence", minimum=1)
+    tp: int = key(1, "tensor parallel degree: ranks that share one matrix", minimum=1)
+    pp: int = key(1, "pipeline parallel degree: stages", minimum=1)
+    ep: int = key(1, "expert parallel degree", minimum=1)
+
+
+@dataclass(frozen=True)
+class Single:
+    """One process."""
+
+    name: Literal["single"] = key("single", "one process")
+
+
+@dataclass(frozen=True)
+class DDP:
+    """Replicated weights, gradients all-reduced in buckets (torch DistributedDataParallel)."""
+
+    name: Literal["ddp"] = key("ddp", "replicated data parallelism")
+    bucket_cap_mb: float = key(25.0, "size of a gradient bucket in MiB; all-reduce starts when one is full", minimum=0.01)
+    static_graph: bool = key(False, "promise that every step uses the same parameters in the same order")
+    find_unused_parameters: bool = key(True, "allow parameters without a gradient in some steps; false saves a graph walk a step")
+    comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "compress gradients in the all-reduce (changes the result)")
+    powersgd_rank: int = key(1, "rank of the PowerSGD approximation", minimum=1)
+    powersgd_start_step: int = key(1000, "steps of plain all-reduce before PowerSGD starts", minimum=2)
+    batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over all data ranks, or over each rank's own samples")
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al., 2018)."""
+
+    init: float = key(65536.0, "first scale", minimum=1e-8)
+    growth_factor: float = key(2.0, "factor after `growth_interval` good steps in a row", minimum=1.0)
+    backoff_factor: float = key(0.5, "factor after an overflow")
+    growth_interval: int = key(2000, "good steps in a row before the scale grows", minimum=1)
+    min: float = key(1.0, "floor; an overflow at the floor is an error", minimum=0.0)
+    max: float = key(2.0**24, "ceiling", minimum=1.0)
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: Literal["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"] = key("32-true", "dtype of weights and of compute")
+    loss_scale: LossScale | None = key(None, "dynamic loss scaling; only for 16-mixed, where it is required")
+    reduce_dtype: Literal["fp32", "grad"] = key("fp32", "dtype in which low-precision gradients are reduced over ranks")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What every data source has in common."""
+
+    global_batch: int = key(16, "samples a step over all ranks: the unit of training, whatever the layout", minimum=1)
+    micro_batch_size: int | None = key(None, "samples a rank runs at once; null: its whole part of the global batch", minimum=1)
+    workers: int = key(0, "loader processes a rank", minimum=0)
+    shuffle: bool = key(True, "a new order every epoch, a function of (seed, epoch) alone")
+
+
+@dataclass(frozen=True)
+class TextSource(Data):
+    """Token sequences packed from text."""
+
+    seq_len: int = key(128, "tokens in a sample", minimum=1)
+    tokenizer: Literal["byte", "bpe"] = key("byte", "bytes, or a byte-level BPE trained on this text and cached")
+    vocab_size: int = key(256, "tokens in the vocabulary; 256 for bytes", minimum=256)
+    eval_fraction: float = key(0.05, "fraction of the documents held out for evaluation", minimum=0.0)
+    cache_dir: str | None = key(None, "where tokens are cached; null: the user's cache directory")
+
+
+@dataclass(frozen=True)
+class StdlibData(TextSource):
+    """The source text of this Python's standard library: real text on every machine."""
+
+    source: Literal["stdlib"] = key("stdlib", "source text of the Python standard library")
+
+
+@dataclass(frozen=True)
+class TextData(TextSource):
+    """The user's own files."""
+
+    source: Literal["text"] = key("text", "files of your own")
+    path: str | list[str] | None = key(None, "required: file, directory or glob, or a list of them: .txt .md .py .jsonl .parquet ...")
+    text_field: str = key("text", "field of a .jsonl record or column of a .parquet file that holds the text")
+
+
+@dataclass(frozen=True)
+class HFData(TextSource):
+    """A Hugging Face data set, through `datasets`."""
+
+    source: Literal["hf"] = key("hf", "a Hugging Face data set")
+    name: str | None = key(None, "required: path of a data set directory, or its name on the hub")
+    config: str | None = key(None, "configuration of the data set")
+    split: str = key("train", "split to train on")
+    eval_split: str | None = key(None, "split to evaluate on; null: `eval_fraction` of the training split")
+    text_field: str = key("text", "column that holds the text")
+
+
+@dataclass(frozen=True)
+class SyntheticData(Data):
+    """Random tokens, for benchmarks."""
+
+    source: Literal["synthetic"] = key("synthetic", "random tokens")
+    seq_len: int = key(128, "tokens in a sample", minimum=1)
+    vocab_size: int = key(256, "tokens in the vocabulary", minimum=2)
+    samples: int = key(1024, "samples in an epoch", minimum=1)
+    eval_samples: int = key(64, "samples held out for evaluation", minimum=0)
+
+
+@dataclass(frozen=True)
+class CustomData(Data):
+    """A data set of the user's own."""
+
+    source: Literal["custom"] = key("custom", "an object of your own")
+    train: Target | None = key(None, "required: `_target_` of a map-style data set of (inputs, targets) samples")
+    eval: Target | None = key(None, "`_target_` of the data set to evaluate on")
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    match: str | list[str] = key(REQUIRED, "glob, or list of globs, on parameter names; the first group that matches wins")
+    options: dict = key(
+        {}, "every further key overrides the optimizer's for these parameters; `_target_` gives them an optimizer of their own", rest=True
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    target: str = key("torch.optim.AdamW", "class of the optimizer, as a dotted path", alias="_target_")
+    lr: float = key(1e-3, "learning rate before the schedule", minimum=0.0)
+    weight_decay: float = key(0.01, "decay of the parameters that `no_decay` does not exempt", minimum=0.0)
+    no_decay: Literal["norm_and_bias", "none"] = key("norm_and_bias", "what is never decayed: norms, biases and vectors; or nothing")
+    args: dict = key({}, "every further key is an argument of the class, checked against its signature", rest=True)
+    fused: bool | None = key(None, "the fused kernel; null: wherever torch has one")
+    groups: list[ParamGroup] = key([], "parameter groups by name; a pattern that matches nothing is an error")
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Factor on every learning rate, a pure function of the step (see `optim/schedules.py`)."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = key("constant", "shape after the warmup")
+    warmup_steps: int = key(0, "steps of linear warmup", minimum=0)
+    total_steps: int | None = key(None, "step at which the schedule ends; null: the last step of training", minimum=1)
+    decay_steps: int | None = key(None, "wsd: steps of the final decay; null: a tenth of the total", minimum=0)
+    min_ratio: float = key(0.0, "learning rate at the end as a fraction of the peak", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    max_steps: int | None = key(None, "stop after this many steps", minimum=0)
+    max_epochs: float | None = key(None, "stop after this many epochs", minimum=0)
+    max_tokens: float | None = key(None, "stop after this many tokens (or samples, where the loss counts samples)", minimum=0)
+    max_time: str | None = key(None, "stop after this long: 90s, 30min, 12h, 2d")
+    clip_norm: float | None = key(None, "clip the global gradient norm to this; null: do not clip", minimum=0.0)
+    loss_count: Literal["auto", "samples", "targets"] = key(
+        "auto",
+        "what a loss that is a plain mean is a mean over: samples, target elements (those equal to -100 excluded), or auto: "
+        "target elements for integer targets, samples otherwise",
+    )
+    nonfinite: Literal["raise"] = key("raise", "what a loss or gradient that is not finite does without a loss scale")
+    log_every: int = key(10, "steps between log lines", minimum=1)
+    eval_every: str | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
+    eval_batches: int | None = key(None, "global batches in an evaluation; null: all", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto: cuda where there is one")
+    deterministic: bool = key(False, "refuse operations whose result varies between runs")
+    timeout_minutes: float = key(30.0, "how long a collective may wait for its peers", minimum=0.01)
+
+
+@dataclass(frozen=True)
+class WandB:
+    project: str = key("paratrain", "project of the run")
+    entity: str | None = key(None, "user or team; null: the default of the account")
+    name: str | None = key(None, "name of the run; null: the name of the output directory")
+    group: str | None = key(None, "group of the run; null: none")
+    mode: Literal["auto", "online", "offline"] = key("auto", "auto: online with a key and a server that answers, otherwise offline")
+    tags: list[str] = key([], "tags of the run")
+    id: str | None = key(None, "id of the run; null: made once and kept with the output directory, so that a resume continues it")
+
+
+@dataclass(frozen=True)
+class Logger:
+    sinks: list[Literal["console", "jsonl", "csv", "tensorboard", "wandb"]] = key(["console", "jsonl"], "where metrics go")
+    wandb: WandB = key(WandB(), "Weights & Biases")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: str | None = key(None, "time between checkpoints: 500, 1ep, 10Mtok, 30min; null: only at the end")
+    at_end: bool = key(True, "save when training ends or is interrupted")
+    keep: int | None = key(3, "newest checkpoints to keep; null: all", minimum=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a job is told. Build it with `load_config`, or `from_dict` for a dictionary of your own."""
+
+    seed: int = key(0, "decides initial weights, data order and dropout", minimum=0)
+    resume: str = key("auto", "auto: from the newest checkpoint in the output directory, if any; none; or a checkpoint's path")
+    output_dir: str | None = key(None, "where the job writes; from the command line it is hydra.run.dir; null in Python: runs/<time>")
+    parallel: Parallel = key(Parallel(), "degrees of parallelism")
+    strategy: Single | DDP = key(DDP(), "how the data-parallel axes are used")
+    precision: Precision = key(Precision(), "dtypes and loss scaling")
+    model: Target | None = key(None, "`_target_` and arguments of the model")
+    loss: Target | None = key(None, "`_target_` of loss_fn(outputs, targets) -> (sum, count) or a mean")
+    data: StdlibData | TextData | HFData | SyntheticData | CustomData = key(StdlibData(), "what to train on")
+    optimizer: Optimizer = key(Optimizer(), "what updates the weights")
+    scheduler: Scheduler = key(Scheduler(), "the learning rate over time")
+    trainer: Trainer = key(Trainer(), "the loop")
+    logger: Logger = key(Logger(), "metrics and where they go")
+    checkpoint: Checkpoint = key(Checkpoint(), "when state is saved, and how much is kept")
+    callbacks: dict[str, Target] = key({}, "name -> `_target_` of a callback")
+    app: dict = key({}, "keys of your own application; paratrain does not read them")
