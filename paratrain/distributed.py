@@ -1,0 +1,132 @@
+"""Processes: who is this one, and how do they meet.
+
+A restarted job must never read what its dead predecessor wrote: under torchrun the agent's store outlives the workers, and
+torch's own `env://` rendezvous then connects to addresses that no longer exist. `rendezvous` therefore agrees on a nonce first
+and scopes every key by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from paratrain.errors import UserError
+
+_HANDSHAKE = "paratrain"
+
+
+def rank() -> int:
+    """Rank of this process in the job; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Processes of the job; 1 when this one is alone."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, srun with its variables set) started this process as one of a group."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def barrier() -> None:
+    """Wait for every rank; returns at once without a process group."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def rendezvous(timeout: timedelta = timedelta(minutes=10)) -> dist.Store:
+    """A store that only the ranks of this very attempt of the job share.
+
+    Every other rank posts a nonce of its own and rank 0 answers it with the name of the session, until each has confirmed:
+    a nonce that a dead process left behind gets an answer that nobody reads.
+
+    Raises:
+        UserError: when ranks do not appear within `timeout`; names them.
+    """
+    if not launched():
+        return dist.HashStore()
+    me, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as missing:
+        raise UserError(f"RANK is set but {missing.args[0]} is not: start the job with torchrun, or unset RANK to run alone") from None
+    store = dist.TCPStore(
+        host, port, ranks, is_master=me == 0 and not agent_store, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    session = _welcome(store, ranks, timeout) if me == 0 else _report(store, me)
+    return dist.PrefixStore(f"{_HANDSHAKE}/{session}", store)
+
+
+def _welcome(store: dist.Store, ranks: int, timeout: timedelta) -> str:
+    session, answered = uuid.uuid4().hex, dict[int, bytes]()
+    absent = set(range(1, ranks))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while absent:
+        for peer in sorted(absent):
+            if store.check([f"{_HANDSHAKE}/{session}/here/{peer}"]):
+                absent.discard(peer)
+            elif store.check([f"{_HANDSHAKE}/hello/{peer}"]):
+                nonce = store.get(f"{_HANDSHAKE}/hello/{peer}")
+                if answered.get(peer) != nonce:
+                    store.set(f"{_HANDSHAKE}/welcome/{nonce.decode()}", session)
+                    answered[peer] = nonce
+        if time.monotonic() > deadline:
+            raise UserError(f"waited {timeout} for ranks {sorted(absent)} of {ranks} to start; see their output")
+        time.sleep(0.002)
+    return session
+
+
+def _report(store: dist.Store, me: int) -> str:
+    nonce = uuid.uuid4().hex
+    store.set(f"{_HANDSHAKE}/hello/{me}", nonce)
+    session = store.get(f"{_HANDSHAKE}/welcome/{nonce}").decode()
+    store.set(f"{_HANDSHAKE}/{session}/here/{me}", "")
+    return session
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device this rank computes on: `auto`, `cpu` or `cuda` -> `cuda:<local rank>`, shared where ranks outnumber GPUs."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda: torch finds no CUDA device here; write trainer.device=cpu, or see `python -m paratrain env`")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def init(device: torch.device, timeout: timedelta) -> None:
+    """Create the default process group (NCCL on GPUs, gloo on CPUs), or keep the one the caller created.
+
+    Ranks that share one GPU talk over gloo, since NCCL refuses that.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nccl = device.type == "cuda" and local <= torch.cuda.device_count() and dist.is_nccl_available()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        store=rendezvous(timeout),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        timeout=timeout,
+    )
+
+
+def seed_for(*parts: int) -> int:
+    """A 63-bit seed that is a function of all `parts`; near-by parts give unrelated seeds."""
+    text = ",".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

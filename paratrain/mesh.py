@@ -1,0 +1,77 @@
+"""Degrees of parallelism -> one named DeviceMesh.
+
+Every axis is always there. An axis of degree 1 has a group of one rank, so no code asks whether an axis exists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from paratrain.compat import flatten_mesh
+from paratrain.errors import UserError
+
+if TYPE_CHECKING:
+    from paratrain.config import Config
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp peers are neighbours, inside a node
+DATA = ("dp_replicate", "dp_shard")  # axes whose ranks see different samples
+
+
+def degrees(cfg: Config, ranks: int) -> dict[str, int]:
+    """The degree of every axis in `AXES`, `-1` filled in.
+
+    Raises:
+        UserError: when the degrees do not multiply to `ranks`; shows the arithmetic.
+    """
+    asked = {axis: getattr(cfg.parallel, axis) for axis in AXES}
+    if cfg.strategy.name == "single" and ranks > 1:
+        raise UserError(
+            f"strategy=single runs one process, but {ranks} were started; write strategy=ddp, or start one process without torchrun"
+        )
+    fills = "dp_replicate" if cfg.strategy.name in ("single", "ddp") else "dp_shard"
+    for axis in DATA:
+        if asked[axis] is None:
+            asked[axis] = -1 if axis == fills and -1 not in asked.values() else 1
+    free = [axis for axis, degree in asked.items() if degree == -1]
+    fixed = math.prod(degree for degree in asked.values() if degree != -1)
+    arithmetic = " x ".join(f"{axis}={degree}" for axis, degree in asked.items() if degree != 1) or "1"
+    if len(free) > 1:
+        raise UserError(f"parallel: only one degree may be -1, got {' and '.join(free)}")
+    if free:
+        if ranks % fixed:
+            raise UserError(
+                f"parallel: {arithmetic}: the fixed degrees multiply to {fixed}, which does not divide the {ranks} processes "
+                f"started, so parallel.{free[0]}=-1 cannot fill; start a multiple of {fixed} processes or change a degree"
+            )
+        asked[free[0]] = ranks // fixed
+    elif fixed != ranks:
+        raise UserError(
+            f"parallel: {arithmetic} = {fixed}, but {ranks} process{'es were' if ranks != 1 else ' was'} started; "
+            f"start {fixed} (torchrun --nproc_per_node={fixed}), or write parallel.{fills}=-1 to fill"
+        )
+    return asked
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The named axes of a job.
+
+    Attributes:
+        root: every axis of `AXES`, outermost first.
+        data: dp_replicate x dp_shard flattened: the ranks that see different samples.
+    """
+
+    root: DeviceMesh
+    data: DeviceMesh
+
+
+def build(cfg: Config, device_type: str) -> Mesh:
+    """The mesh of this job. Needs the default process group."""
+    shape = degrees(cfg, dist.get_world_size())
+    root = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=AXES)
+    return Mesh(root, flatten_mesh(root[DATA], "dp"))

@@ -1,0 +1,98 @@
+"""Config -> optimizers, with parameter groups by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from paratrain.build import locate
+from paratrain.config import Optimizer as OptimizerConfig
+from paratrain.errors import ConfigError
+
+
+def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One optimizer for each class that the config names, over all trainable parameters of `model`.
+
+    A parameter goes to the first of `options.groups` with a pattern that matches its name, else to the default group; in each
+    group, norms, biases and vectors form a subgroup without decay, unless `no_decay=none` or the group sets its own weight_decay.
+
+    Raises:
+        ConfigError: patterns that match nothing, arguments the class does not take, no trainable parameter.
+    """
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if not params:
+        raise ConfigError(["model: it has no trainable parameter (all have requires_grad=False, or there is none)"])
+    exempt = undecayed(model) if options.no_decay == "norm_and_bias" else set()
+    base = {"lr": options.lr, "weight_decay": options.weight_decay, **options.args}
+    problems: list[str] = []
+    rules = [([g.match] if isinstance(g.match, str) else g.match, g.options) for g in options.groups]
+    for number, (patterns, _) in enumerate(rules):
+        problems += [
+            f"optimizer.groups[{number}].match: {pattern!r} matches no trainable parameter; their names look like {_examples(params)}"
+            for pattern in patterns
+            if not any(fnmatchcase(name, pattern) for name in params)
+        ]
+    grouped: dict[tuple[int | None, bool], list[str]] = {}
+    for name in params:
+        rule = next((i for i, (patterns, _) in enumerate(rules) if any(fnmatchcase(name, p) for p in patterns)), None)
+        decays = name not in exempt or (rule is not None and "weight_decay" in rules[rule][1])
+        grouped.setdefault((rule, decays), []).append(name)
+    by_class: dict[str, list[dict[str, Any]]] = {}
+    for (rule, decays), names in grouped.items():
+        settings = {"_target_": options.target, **base, **(rules[rule][1] if rule is not None else {})}
+        if not decays:
+            settings["weight_decay"] = 0.0
+        target = settings.pop("_target_")
+        by_class.setdefault(target, []).append({"params": [params[n] for n in names], "param_names": names, **settings})
+    optimizers = [_construct(target, groups, options.fused, problems) for target, groups in by_class.items()]
+    if problems:
+        raise ConfigError(problems)
+    return [optimizer for optimizer in optimizers if optimizer is not None]
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: those of norm modules, biases, and anything with fewer than two dims."""
+    return {
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf, param in module.named_parameters(recurse=False)
+        if param.ndim < 2 or leaf.endswith("bias") or "norm" in type(module).__name__.lower()
+    }
+
+
+def _construct(
+    target: str, groups: list[dict[str, Any]], fused: bool | None, problems: list[str]
+) -> torch.optim.Optimizer | None:
+    cls = locate(target, key="optimizer._target_")
+    accepted: Mapping[str, inspect.Parameter] = inspect.signature(cls).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    for group in groups:
+        for name in [n for n in group if n not in ("params", "param_names") and n not in accepted and not takes_all]:
+            if name == "weight_decay" and group[name] in (0.0, OptimizerConfig().weight_decay):
+                del group[name]  # nobody asked for it: the class has no decay to set
+                continue
+            problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(list(accepted)[1:])})")
+    kwargs: dict[str, Any] = {}
+    if "fused" in accepted:
+        kwargs["fused"] = fused if fused is not None else all(p.is_floating_point() for g in groups for p in g["params"])
+    elif fused:
+        problems.append(f"optimizer.fused: {target} has no fused kernel; leave optimizer.fused out")
+    if problems:
+        return None
+    for group in groups:
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
+    try:
+        return cls(groups, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problems.append(f"optimizer: {target} refused its arguments: {error}")
+        return None
+
+
+def _examples(params: Mapping[str, Any]) -> str:
+    return ", ".join(list(params)[:3])
