@@ -1,0 +1,16 @@
+"""What all tests share: one thread a process, and the warm process behind `paratrain.spawn.run`, ended with the session."""
+
+import os
+
+import pytest
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy are first imported
+    os.environ[variable] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_warm_process():
+    yield
+    from paratrain import spawn
+
+    spawn.close()
