@@ -90,11 +90,13 @@ def run(fn: Callable, ranks: int, *args: Any, timeout: float = 120.0, init: bool
         return [cloudpickle.loads(result) for result in _collect(workers, timeout, Path(scratch))]
 
 
+@atexit.register
 def close() -> None:
     """End the warm process. The next `run` starts another; a program that ends need not call this."""
     global _warm
     if _warm:
         _warm.control.close()
+        _warm.process.kill()
         _warm.process.wait()
     _warm = None
 
@@ -131,7 +133,6 @@ def _start() -> _Warm:
         )
         theirs.close()
         _warm = _Warm(process, ours)
-        atexit.register(close)
     return _warm
 
 
@@ -148,27 +149,37 @@ def _forked(ranks: int) -> Iterator[_Workers]:
     pairs = [socket.socketpair() for _ in range(ranks)]
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    socket.send_fds(control, [b"fork"], [1, 2, *(theirs.fileno() for _, theirs in pairs)])
-    for _, theirs in pairs:
-        theirs.close()
-    pids = struct.unpack(f"{ranks}i", control.recv(4 * ranks))
+    try:
+        socket.send_fds(control, [b"fork"], [1, 2, *(theirs.fileno() for _, theirs in pairs)])
+        pids = struct.unpack(f"{ranks}i", _receive(control, 4 * ranks))
+    except BaseException:
+        close()
+        raise
+    finally:
+        for _, theirs in pairs:
+            theirs.close()
     workers = _Workers(pids, [Connection(ours.detach()) for ours, _ in pairs], control, {})
     try:
         yield workers
     finally:
-        control.send(b"kill")
-        while len(workers.exits) < ranks:
-            _note_exit(workers)
         for pipe in workers.pipes:
             pipe.close()
+        with contextlib.suppress(OSError):  # the warm process itself is dead, and its ranks with it
+            control.send(b"kill")
+        while len(workers.exits) < ranks and _warm:
+            _note_exit(workers)
 
 
-def _note_exit(workers: _Workers) -> int:
-    message = workers.control.recv(_EXIT.size)
+def _receive(control: socket.socket, size: int) -> bytes:
+    message = control.recv(size)
     if not message:
         close()
         raise RankError("the process that forks the ranks has died", {})
-    rank, code = _EXIT.unpack(message)
+    return message
+
+
+def _note_exit(workers: _Workers) -> int:
+    rank, code = _EXIT.unpack(_receive(workers.control, _EXIT.size))
     workers.exits[rank] = code
     return rank
 
@@ -310,7 +321,7 @@ def _work(pipe: Connection) -> None:
             torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=2 * timeout))
         answer = b"+" + cloudpickle.dumps(fn(*args, **kwargs))
     except BaseException:
-        answer = b"-" + traceback.format_exc().encode()
+        answer = b"-" + traceback.format_exc().encode(errors="backslashreplace")
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send_bytes(answer)
