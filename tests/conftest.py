@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, and the warm process behind `paratrain.spawn.run`, ended with the session."""
 
 import os
+import sys
 
 import pytest
 
@@ -14,3 +15,10 @@ def _end_warm_process():
     from paratrain import spawn
 
     spawn.close()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Each test draws the same numbers, whichever tests ran before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
