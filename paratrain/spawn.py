@@ -45,10 +45,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RankError(RuntimeError):
-    """Some rank raised, died or hung. The message tells of every such rank, the first to fail first.
+    """Some rank raised, died or hung. The message tells of every such rank, the likely cause first.
 
     Attributes:
-        failures: rank -> its traceback, its exit code or the stack in which it hung, in the order in which they failed.
+        failures: rank -> its exit code, its traceback or the stack in which it hung: ranks that died, then those that raised, in
+            the order in which they did, then those that never ended.
     """
 
     def __init__(self, summary: str, failures: dict[int, str]):
@@ -187,7 +188,9 @@ def _note_exit(workers: _Workers) -> int:
 def _collect(workers: _Workers, timeout: float, scratch: Path) -> list[bytes]:
     """Every rank's pickled result, or RankError."""
     results: dict[int, bytes] = {}
-    failures: dict[int, str] = {}
+    raised: dict[int, str] = {}
+    died: dict[int, str] = {}
+    stuck: dict[int, str] = {}
     listening = {pipe: rank for rank, pipe in enumerate(workers.pipes)}
     running = set(listening.values())
     deadline = time.monotonic() + timeout
@@ -200,7 +203,7 @@ def _collect(workers: _Workers, timeout: float, scratch: Path) -> list[bytes]:
             if answer[:1] == b"+":
                 results[rank] = answer[1:]
             else:
-                failures[rank] = answer[1:].decode()
+                raised[rank] = answer[1:].decode()
 
     while running and (left := deadline - time.monotonic()) > 0:
         for ready in wait([workers.control, *listening], left):
@@ -213,14 +216,16 @@ def _collect(workers: _Workers, timeout: float, scratch: Path) -> list[bytes]:
                 read(rank)
             if rank in running:
                 running.discard(rank)
-                failures[rank] = _describe_exit(workers.exits[rank])
-        if failures:
+                died[rank] = _describe_exit(workers.exits[rank])
+        if raised or died:
             deadline = min(deadline, time.monotonic() + _GRACE)
     if running:
-        reason = "stopped: still running after another rank had failed" if failures else f"hung: still running after {timeout:g} s, killed"
-        for rank, stack in _stacks({rank: workers.pids[rank] for rank in sorted(running)}, scratch).items():
-            failures[rank] = f"{reason}\n{stack}"
-    if failures:
+        reason = (
+            "stopped: still running after another rank had failed" if raised or died else f"hung: still running after {timeout:g} s, killed"
+        )
+        stacks = _stacks({rank: workers.pids[rank] for rank in sorted(running)}, scratch)
+        stuck = {rank: f"{reason}\n{stack}" for rank, stack in stacks.items()}
+    if failures := {**died, **raised, **stuck}:
         summary = f"{len(failures)} of {len(workers.pids)} ranks failed ({', '.join(map(str, failures))})"
         raise RankError(f"{summary}; finished: {', '.join(map(str, sorted(results))) or 'none'}", failures)
     return [results[rank] for rank in sorted(results)]
