@@ -5,18 +5,19 @@ dictionary into a `Config` or raises one `ConfigError` that lists every unknown 
 combination. Each key is documented here, where it is defined; `--help` prints these texts.
 """
 
+# ruff: noqa: RUF009 - `key` makes fields, it is no default value
+
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
+from paratrain import schema
+from paratrain.durations import parse_duration
 from paratrain.errors import ConfigError
+from paratrain.schema import Fault, Target, to_dict
 
 REQUIRED = dataclasses.MISSING
 
@@ -37,17 +38,14 @@ def key(default: Any, doc: str, *, minimum: float | None = None, alias: str | No
     return field(default=default, metadata=metadata)
 
 
-class Target(dict):
-    """`{_target_: dotted.path, **arguments}`: an object of the user's own, built by `paratrain.build.instantiate`."""
-
-
 Degree = int | None
+Time = Annotated[str, parse_duration, "time (500, 1ep, 10Mtok, 30min)"]
 
 
 @dataclass(frozen=True)
 class Parallel:
     dp_replicate: Degree = key(None, "ranks that hold replicas of the weights; -1 fills; null: what the strategy asks for", minimum=-1)
-    dp_shard: Degree = key(None, "ranks over which weights, gradients or states are sharded; -1 fills; null: as the strategy asks", minimum=-1)
+    dp_shard: Degree = key(None, "ranks over which weights or states are sharded; -1 fills; null: as the strategy asks", minimum=-1)
     cp: int = key(1, "context parallel degree: ranks that share one sequence", minimum=1)
     tp: int = key(1, "tensor parallel degree: ranks that share one matrix", minimum=1)
     pp: int = key(1, "pipeline parallel degree: stages", minimum=1)
@@ -72,7 +70,7 @@ class DDP:
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "compress gradients in the all-reduce (changes the result)")
     powersgd_rank: int = key(1, "rank of the PowerSGD approximation", minimum=1)
     powersgd_start_step: int = key(1000, "steps of plain all-reduce before PowerSGD starts", minimum=2)
-    batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over all data ranks, or over each rank's own samples")
+    broadcast_buffers: bool = key(True, "copy rank 0's buffers to the others before each forward that reduces gradients")
 
 
 @dataclass(frozen=True)
@@ -198,16 +196,17 @@ class Trainer:
     max_steps: int | None = key(None, "stop after this many steps", minimum=0)
     max_epochs: float | None = key(None, "stop after this many epochs", minimum=0)
     max_tokens: float | None = key(None, "stop after this many tokens (or samples, where the loss counts samples)", minimum=0)
-    max_time: str | None = key(None, "stop after this long: 90s, 30min, 12h, 2d")
+    max_time: Time | None = key(None, "stop after this long: 90s, 30min, 12h, 2d")
     clip_norm: float | None = key(None, "clip the global gradient norm to this; null: do not clip", minimum=0.0)
     loss_count: Literal["auto", "samples", "targets"] = key(
         "auto",
         "what a loss that is a plain mean is a mean over: samples, target elements (those equal to -100 excluded), or auto: "
         "target elements for integer targets, samples otherwise",
     )
+    batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches")
     nonfinite: Literal["raise"] = key("raise", "what a loss or gradient that is not finite does without a loss scale")
     log_every: int = key(10, "steps between log lines", minimum=1)
-    eval_every: str | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
+    eval_every: Time | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
     eval_batches: int | None = key(None, "global batches in an evaluation; null: all", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto: cuda where there is one")
     deterministic: bool = key(False, "refuse operations whose result varies between runs")
@@ -229,11 +228,12 @@ class WandB:
 class Logger:
     sinks: list[Literal["console", "jsonl", "csv", "tensorboard", "wandb"]] = key(["console", "jsonl"], "where metrics go")
     wandb: WandB = key(WandB(), "Weights & Biases")
+    peak_tflops: float | None = key(None, "dense peak TFLOP/s of a device, for MFU; null: the published figure, if any", minimum=0.0)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: str | None = key(None, "time between checkpoints: 500, 1ep, 10Mtok, 30min; null: only at the end")
+    every: Time | None = key(None, "time between checkpoints: 500, 1ep, 10Mtok, 30min; null: only at the end")
     at_end: bool = key(True, "save when training ends or is interrupted")
     keep: int | None = key(3, "newest checkpoints to keep; null: all", minimum=1)
 
@@ -258,3 +258,139 @@ class Config:
     checkpoint: Checkpoint = key(Checkpoint(), "when state is saved, and how much is kept")
     callbacks: dict[str, Target] = key({}, "name -> `_target_` of a callback")
     app: dict = key({}, "keys of your own application; paratrain does not read them")
+
+
+def from_dict(data: Mapping[str, Any], *, ignore: Collection[str] = (), targets: bool = False) -> Config:
+    """A checked configuration from nested plain data; keys left out have their defaults.
+
+    Args:
+        ignore: sections already known to be faulty, left out here.
+        targets: also import the classes and functions named by `_target_`, and check the arguments they are given. Never for
+            data that was read from a checkpoint: importing runs code.
+
+    Raises:
+        ConfigError: every fault, one a line.
+    """
+    kept = {name: part for name, part in data.items() if name not in ignore} if isinstance(data, Mapping) else data
+    cfg, faults = schema.load(Config, kept)
+    assert cfg is not None or faults
+    if cfg is not None:
+        if targets:
+            from paratrain.build import check_targets
+
+            faults += check_targets(cfg)
+        doubtful = {*ignore, *(fault.key for fault in faults)}
+        for fault, others in _combinations(cfg):
+            if not any(_touches(known, part) for known in doubtful for part in (fault.key, *others)):
+                faults.append(fault)
+    if faults:
+        raise ConfigError([str(fault) for fault in faults])
+    assert cfg is not None
+    return cfg
+
+
+def check(cfg: Config) -> Config:
+    """`cfg` itself checked as if it had been read from files, for configurations built in Python.
+
+    Raises:
+        ConfigError: every fault, one a line.
+    """
+    return from_dict(to_dict(cfg), targets=True)
+
+
+def _touches(known: str, other: str) -> bool:
+    """Whether one key is the other, or a section around it."""
+    return known == other or known.startswith(f"{other}.") or other.startswith(f"{known}.")
+
+
+def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    """Values that are each fine and do not go together, with the other keys that take part."""
+    for rules in (_parallel, _precision, _data, _schedule):
+        yield from rules(cfg)
+    if cfg.trainer.max_time is not None and parse_duration(cfg.trainer.max_time).unit != "seconds":
+        yield Fault("trainer.max_time", f"{cfg.trainer.max_time!r} is no span of time; write 90s, 30min, 12h or 2d"), ()
+
+
+def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    parallel, strategy = cfg.parallel, cfg.strategy
+    for axis in ("cp", "tp", "pp", "ep"):
+        if (degree := getattr(parallel, axis)) > 1:
+            yield Fault(f"parallel.{axis}", f"{degree} is not built yet in this version of paratrain; write parallel.{axis}=1"), ()
+    for axis in ("dp_replicate", "dp_shard"):
+        degree = getattr(parallel, axis)
+        if degree == 0:
+            yield Fault(f"parallel.{axis}", f"0 ranks cannot train; write 1 or more, or parallel.{axis}=-1 to fill"), ()
+        elif degree not in (None, 1) and isinstance(strategy, Single):
+            reason = f"{degree}, but strategy=single is one process; write strategy=ddp or parallel.{axis}=1"
+            yield Fault(f"parallel.{axis}", reason), ("strategy",)
+        elif degree not in (None, 1) and axis == "dp_shard" and isinstance(strategy, DDP):
+            reason = f"{degree}, but strategy=ddp shards nothing; write parallel.dp_replicate={degree} instead"
+            yield Fault(f"parallel.{axis}", reason), ("strategy",)
+    if isinstance(strategy, DDP) and strategy.comm_hook != "powersgd":
+        for name in ("powersgd_rank", "powersgd_start_step"):
+            if getattr(strategy, name) != getattr(DDP(), name):
+                reason = f"is read by PowerSGD only; write strategy.comm_hook=powersgd, or leave it out (comm_hook={strategy.comm_hook})"
+                yield Fault(f"strategy.{name}", reason), ("strategy.comm_hook",)
+
+
+def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    name, scale = cfg.precision.name, cfg.precision.loss_scale
+    if scale is None:
+        if name == "16-mixed":
+            reason = "required with 16-mixed, whose small gradients vanish without it; write precision=fp16"
+            yield Fault("precision.loss_scale", reason), ("precision.name",)
+        return
+    if name != "16-mixed":
+        reason = f"scales the loss for float16 compute, but precision.name={name}; leave it out, or write precision=fp16"
+        yield Fault("precision.loss_scale", reason), ("precision.name",)
+    if not 0 < scale.backoff_factor < 1:
+        reason = f"must be between 0 and 1, to shrink the scale after an overflow; got {scale.backoff_factor:g}"
+        yield Fault("precision.loss_scale.backoff_factor", reason), ()
+    if not scale.min <= scale.init <= scale.max:
+        reason = f"must lie between min={scale.min:g} and max={scale.max:g}; got {scale.init:g}"
+        yield Fault("precision.loss_scale.init", reason), ("precision.loss_scale.min", "precision.loss_scale.max")
+
+
+def _data(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    data = cfg.data
+    if data.micro_batch_size is not None and data.micro_batch_size > data.global_batch:
+        reason = f"{data.micro_batch_size} samples cannot be taken from a global batch of {data.global_batch}; write at most that"
+        yield Fault("data.micro_batch_size", reason), ("data.global_batch",)
+    if isinstance(data, TextSource):
+        if data.tokenizer == "byte" and data.vocab_size != 256:
+            reason = f"{data.vocab_size}, but there are 256 bytes; write data.vocab_size=256 or data.tokenizer=bpe"
+            yield Fault("data.vocab_size", reason), ("data.tokenizer",)
+        if data.eval_fraction >= 1:
+            yield Fault("data.eval_fraction", f"{data.eval_fraction:g} of the documents leaves none to train on; write less than 1"), ()
+    if isinstance(data, TextData) and data.path in (None, "", []):
+        yield Fault("data.path", "required: write data.path=FILE, a directory, a glob such as 'data/*.txt', or a list of them"), ()
+    if isinstance(data, HFData) and not data.name:
+        yield Fault("data.name", "required: write data.name=DIRECTORY, or the name of a data set on the hub"), ()
+    if isinstance(data, CustomData) and data.train is None:
+        yield Fault("data.train", "required: write data.train._target_=my_package.MyDataset and its arguments"), ()
+
+
+def _schedule(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    schedule, trainer = cfg.scheduler, cfg.trainer
+    lengths = ("max_steps", "max_epochs", "max_tokens")
+    stops = tuple(f"trainer.{name}" for name in lengths)
+    total = schedule.total_steps if schedule.total_steps is not None else trainer.max_steps
+    if schedule.name in ("linear", "cosine", "wsd") and total is None and all(getattr(trainer, name) is None for name in lengths):
+        reason = (
+            f"{schedule.name} needs to know where it ends; write scheduler.total_steps=..., or how long to train in steps, epochs "
+            "or tokens (trainer.max_steps=...)"
+        )
+        yield Fault("scheduler.total_steps", reason), ("scheduler.name", *stops)
+    if schedule.decay_steps is not None and schedule.name != "wsd":
+        reason = f"is read by wsd only; write scheduler=wsd, or leave it out (scheduler.name={schedule.name})"
+        yield Fault("scheduler.decay_steps", reason), ("scheduler.name",)
+    if schedule.min_ratio > 1:
+        yield Fault("scheduler.min_ratio", f"is a fraction of the peak learning rate, so at most 1; got {schedule.min_ratio:g}"), ()
+    if total:
+        where = "scheduler.total_steps" if schedule.total_steps is not None else "trainer.max_steps"
+        decay = schedule.decay_steps or 0 if schedule.name == "wsd" else 0
+        if schedule.warmup_steps > total:
+            yield Fault("scheduler.warmup_steps", f"{schedule.warmup_steps} steps are more than {where}={total}"), (where,)
+        elif schedule.warmup_steps + decay > total:
+            reason = f"{decay} steps after {schedule.warmup_steps} of warmup are more than {where}={total}"
+            yield Fault("scheduler.decay_steps", reason), ("scheduler.warmup_steps", where)
