@@ -220,9 +220,8 @@ def _collect(workers: _Workers, timeout: float, scratch: Path) -> list[bytes]:
         if raised or died:
             deadline = min(deadline, time.monotonic() + _GRACE)
     if running:
-        reason = (
-            "stopped: still running after another rank had failed" if raised or died else f"hung: still running after {timeout:g} s, killed"
-        )
+        after_failure = "stopped: still running after another rank had failed"
+        reason = after_failure if raised or died else f"hung: still running after {timeout:g} s, killed"
         stacks = _stacks({rank: workers.pids[rank] for rank in sorted(running)}, scratch)
         stuck = {rank: f"{reason}\n{stack}" for rank, stack in stacks.items()}
     if failures := {**died, **raised, **stuck}:
