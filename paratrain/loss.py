@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from paratrain.errors import UserError
+
+Loss = Callable[[Any, Any], Any]  # loss_fn(outputs, targets) -> (sum, count), or a scalar mean
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -50,3 +55,23 @@ def mse(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         raise UserError(f"mse: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: give both the same shape")
     dtype = torch.promote_types(torch.promote_types(outputs.dtype, targets.dtype), torch.float32)
     return F.mse_loss(outputs.to(dtype), targets.to(dtype), reduction="sum"), targets.numel()
+
+
+def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
+    """A pair (sum, count) as it is; a scalar mean over `count` as (mean x count, count).
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(loss, tuple | list) and len(loss) == 2 and isinstance(loss[0], torch.Tensor):
+        if loss[0].numel() != 1:
+            raise UserError(f"loss_fn returned a sum of shape {tuple(loss[0].shape)}; reduce it to a scalar (losses.sum(), losses.numel())")
+        return loss[0].reshape(()), loss[1]
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise UserError(
+                f"loss_fn returned a tensor of shape {tuple(loss.shape)}; return (losses.sum(), losses.numel()), or a scalar mean"
+            )
+        assert count is not None
+        return loss.reshape(()) * count, count
+    raise UserError(f"loss_fn returned {type(loss).__name__}; return (sum, count), or a scalar tensor that is a mean")

@@ -65,9 +65,7 @@ def undecayed(model: nn.Module) -> set[str]:
     }
 
 
-def _construct(
-    target: str, groups: list[dict[str, Any]], fused: bool | None, problems: list[str]
-) -> torch.optim.Optimizer | None:
+def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, problems: list[str]) -> torch.optim.Optimizer | None:
     cls = locate(target, key="optimizer._target_")
     accepted: Mapping[str, inspect.Parameter] = inspect.signature(cls).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())

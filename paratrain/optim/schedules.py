@@ -24,8 +24,7 @@ def factor(scheduler: Scheduler, step: int, total: int | None) -> float:
     if shape == "constant":
         return 1.0
     if shape == "inverse_sqrt":
-        anchor = max(warmup, 1)
-        return max(floor, math.sqrt(anchor / (step + 1 - warmup + anchor)))
+        return max(floor, math.sqrt(max(warmup, 1) / (step + 1)))
     assert total is not None, "a schedule that decays to an end is configured with one (config.check)"
     if shape == "wsd":
         decay = scheduler.decay_steps if scheduler.decay_steps is not None else max(1, total // 10)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from paratrain.batch import map_tensors
 from paratrain.errors import UserError
 
 
@@ -35,15 +35,21 @@ class Policy:
 
         Under autocast, inputs stay as they are: torch casts them where an operation wants it, and rounds nothing else.
         """
-        if self.autocast_dtype is not None or self.param_dtype is torch.float32:
-            return inputs
-        return tree_map_only(torch.Tensor, lambda x: x.to(self.param_dtype) if x.is_floating_point() else x, inputs)
+        return inputs if self.autocast_dtype is not None else _cast(inputs, self.param_dtype)
+
+    def cast_targets(self, targets: Any) -> Any:
+        """Floating targets in float64 under 64-true, where some losses insist on equal dtypes; otherwise as they are."""
+        return _cast(targets, torch.float64) if self.param_dtype is torch.float64 else targets
 
     def cast_outputs(self, outputs: Any) -> Any:
         """Outputs of half-precision weights in float32, so that the loss is not summed in 8 bits."""
         if self.param_dtype.itemsize >= 4:
             return outputs
-        return tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, outputs)
+        return _cast(outputs, torch.float32)
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 POLICIES = {

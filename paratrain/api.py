@@ -1,0 +1,57 @@
+"""`setup`: a module, a loss and a config become an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from paratrain import distributed, layout, mesh, optim, rng
+from paratrain.config import Config
+from paratrain.engine import Engine
+from paratrain.errors import UserError
+from paratrain.loss import Loss
+from paratrain.precision import convert_module
+
+
+def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Config) -> Engine:
+    """Lay a model out over the processes of this job, and make everything that trains it.
+
+    Works under torchrun and alone: creates the process group (unless there is one), the mesh, the layout, the optimizers, the
+    schedule and the loss scaler.
+
+    Args:
+        model_fn: any `nn.Module`, or a callable that returns one. The callable runs under `cfg.seed`, so that the initial weights
+            are the same in every layout; torch's generators are handed back as they were.
+        loss_fn: `loss_fn(outputs, targets)` -> (sum, count), or a scalar mean over what `trainer.loss_count` names.
+        cfg: from `load_config`, or built in Python.
+
+    Raises:
+        UserError: when the config asks for what cannot be done here; says what to change.
+    """
+    device = distributed.choose_device(cfg.trainer.device)
+    distributed.init(device, timedelta(minutes=cfg.trainer.timeout_minutes))
+    if cfg.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    axes = mesh.build(cfg, device.type)
+    model = convert_module(_build(model_fn, cfg.seed, device), cfg.precision.name)
+    laid_out = layout.apply(model, axes, cfg, device)
+    return Engine(laid_out, loss_fn, optim.build(cfg.optimizer, laid_out.model), axes, cfg, device)
+
+
+def _build(model_fn: Any, seed: int, device: torch.device) -> nn.Module:
+    if isinstance(model_fn, nn.Module):
+        model = model_fn
+    else:
+        with rng.preserved(device):
+            torch.manual_seed(seed)
+            model = model_fn()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model_fn must be an nn.Module or a callable that returns one, got {type(model).__name__}")
+    return model if model.training else model.train()  # a pretrained model often arrives in evaluation mode

@@ -1,0 +1,385 @@
+"""One training step for every layout: scale, accumulate, reduce, unscale once, clip, step, update once.
+
+The loss of a step is (global sum) / (global count) over micro-batches and data ranks. The count is known only after the last
+forward, so every backward runs on the *sum*, scaled by constants, and the gradients are divided by the count once, together with
+the loss scale and the clipping factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from paratrain import batch as batches
+from paratrain import rng
+from paratrain.batch import LocalBatch
+from paratrain.config import Config
+from paratrain.errors import UserError
+from paratrain.layout import Layout
+from paratrain.loss import Loss, as_sum_and_count
+from paratrain.mesh import Mesh
+from paratrain.optim import schedules
+from paratrain.precision import POLICIES, LossScaler
+
+Scalar = float | torch.Tensor  # a float where nothing has to be waited for (CPU), a 0-dim float64 tensor on a device that runs behind
+
+
+class StepResult:
+    """What a step was, equal on every rank. Reading an attribute waits for the device; holding the result does not.
+
+    Attributes:
+        loss: mean over `count`.
+        count: what the loss is a mean over (tokens, samples), summed over micro-batches and ranks.
+        grad_norm: norm of the gradient of `loss` before clipping; NaN in evaluation.
+        lr: learning rate of the first parameter group in this step.
+        loss_scale: loss scale of this step.
+        skipped: whether the update was skipped because float16 gradients overflowed.
+        votes: sums over all ranks of the numbers given to `train_step`.
+    """
+
+    __slots__ = ("_norm", "_totals", "loss_scale", "lr", "skipped")
+
+    def __init__(self, totals: list[Scalar], norm: Scalar, lr: float, loss_scale: float, skipped: bool):
+        self._totals, self._norm = totals, norm
+        self.lr, self.loss_scale, self.skipped = lr, loss_scale, skipped
+
+    @property
+    def loss(self) -> float:
+        total, count = float(self._totals[0]), float(self._totals[1])
+        return total / count if count else math.nan
+
+    @property
+    def count(self) -> int | float:
+        count = float(self._totals[1])
+        return int(count) if count.is_integer() else count
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self._norm)
+
+    @property
+    def votes(self) -> list[float]:
+        return [float(vote) for vote in self._totals[2:]]
+
+    def __repr__(self) -> str:
+        return f"StepResult(loss={self.loss:.6g}, grad_norm={self.grad_norm:.6g}, count={self.count}, lr={self.lr:.4g}, skipped={self.skipped})"
+
+
+class Engine:
+    """A model, its loss and its optimizers, laid out over a mesh. Made by `paratrain.setup`.
+
+    Attributes:
+        model: the user's module under the user's own names.
+        optimizers: the optimizers, already over the parameters as they are laid out.
+        global_step: steps taken, skipped ones included; the position in the data.
+        updates: steps that changed the weights; the position in the schedule.
+    """
+
+    def __init__(
+        self, layout: Layout, loss_fn: Loss, optimizers: list[torch.optim.Optimizer], mesh: Mesh, cfg: Config, device: torch.device
+    ):
+        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.model: nn.Module = layout.model
+        self.optimizers = optimizers
+        self.global_step = 0
+        self.updates = 0
+        self.total_updates = cfg.scheduler.total_steps or cfg.trainer.max_steps
+        self.scaler = LossScaler(cfg.precision.loss_scale)
+        self._layout, self._loss_fn = layout, loss_fn
+        self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
+        self._policy = POLICIES[cfg.precision.name]
+        self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self._unit: float | None = None
+        self._counted: Scalar = 0.0
+        self._window: tuple[Scalar, Scalar] | None = None  # (sum, count) of the losses since the last step, on this rank
+        self._votes: tuple[float, ...] = ()
+        self._reduced: tuple[list[Scalar], Scalar] | None = None  # totals over ranks and the gradient norm, once known
+        self._inside_backward = False
+        self._unchecked: StepResult | None = None
+        self._set_lr()
+
+    # ------------------------------------------------------------------ whole steps
+
+    def local(self, batch: tuple[Any, Any]) -> LocalBatch:
+        """This rank's part of a global batch (inputs, targets) that every rank holds; peers in tp and pp get the same part.
+
+        Samples are dealt in runs by the rule of `torch.tensor_split`: no sample is lost or repeated, whatever the number of ranks.
+        """
+        return batches.local(batch, self._data_rank, self._data_ranks)
+
+    def train_step(self, batch: LocalBatch | tuple[Any, Any], votes: Sequence[float] = ()) -> StepResult:
+        """Train on this rank's part of a global batch.
+
+        Args:
+            batch: what `local` or the loader returned, or this rank's own (inputs, targets); then every rank must bring as
+                many samples.
+            votes: numbers to be summed over all ranks in the collective that sums the loss.
+
+        Raises:
+            UserError: for a loss or gradient that is not finite (where no loss scale can mend it); nothing has been updated then,
+                except on CUDA, where it is found one step later, before anything is saved.
+        """
+        if self._window is not None:
+            raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
+        micro = batches.split(batches.as_local(batch), self.cfg.data.micro_batch_size)
+        self._votes = tuple(votes)
+        with rng.preserved(self.device):
+            for number, (inputs, targets, real) in enumerate(micro):
+                rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._data_rank)
+                with self.no_sync() if number + 1 < len(micro) else _nothing():
+                    self._backward(*self._loss(self._layout.run, inputs, targets, real))
+        return self.step()
+
+    @torch.no_grad()
+    def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
+        """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
+        micro = batches.split(batches.as_local(batch), self.cfg.data.micro_batch_size)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        window: tuple[Scalar, Scalar] = (0.0, 0.0)
+        try:
+            with rng.preserved(self.device):
+                for inputs, targets, real in micro:
+                    window = self._add(window, *self._loss(self.model, inputs, targets, real))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return StepResult(self._sum_over_ranks(window), math.nan, self.lr, self.scaler.scale, False)
+
+    # ------------------------------------------------------------------ steps in the user's hands
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
+        args, kwargs = batches.to_device((args, kwargs), self.device)
+        args, kwargs = self._policy.cast_inputs((args, kwargs))
+        with self._policy.autocast(self.device.type):
+            outputs = self._policy.cast_outputs(self._layout.run(*args, **kwargs))
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._guard)
+        return outputs
+
+    def backward(self, loss: torch.Tensor | tuple[torch.Tensor, Any], count: float = 1) -> None:
+        """Backward of one micro-batch: a (sum, count), or a mean over `count`. `step` divides by the count over all of them."""
+        total, count = as_sum_and_count(loss, count)
+        self._backward(total, count)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep gradients on this rank: for the forward and backward of every micro-batch but the last."""
+        with self._layout.no_sync():
+            yield
+
+    def clip_grad_norm_(self, max_norm: float | None) -> Scalar:
+        """Bring the gradients of this step to their true scale and clip their global norm to `max_norm` (None: do not).
+
+        Returns:
+            The norm before clipping, equal on every rank.
+        """
+        if self._window is None or self._unit is None:
+            raise UserError("no gradients yet: call engine.backward(loss) before clipping")
+        if self._reduced is not None:
+            raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
+        totals = self._sum_over_ranks((*self._window, *self._votes))
+        grads = [param.grad for param in self._params if param.grad is not None]
+        factor = self._unit / self.scaler.scale / _at_least(totals[1], _TINY)
+        norm = self._scalar(torch.nn.utils.get_total_norm(grads)) * factor
+        if max_norm is not None:
+            factor = factor * _at_most(max_norm / (norm + 1e-6), 1.0)
+        torch._foreach_mul_(grads, factor)
+        self._reduced = (totals, norm)
+        return norm
+
+    def step(self) -> StepResult:
+        """Update the weights with the gradients of every `backward` since the last step, or skip if float16 overflowed."""
+        if self._window is None:
+            raise UserError("step() without gradients: call engine.backward(loss) first (or engine.train_step(batch) for all of it)")
+        if self._reduced is None:
+            self.clip_grad_norm_(self.cfg.trainer.clip_norm)
+        assert self._reduced is not None
+        totals, norm = self._reduced
+        skipped = self.scaler.enabled and not math.isfinite(float(norm))
+        result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
+        if not self.scaler.enabled:
+            self._check_finite(result)
+        if not skipped:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.updates += 1
+        self.scaler.update(skipped)
+        for param in self._params:
+            param.grad = None
+        self._counted = self._counted + totals[1]
+        self._votes = ()
+        self.global_step += 1
+        self._window = self._reduced = None
+        self._set_lr()
+        return result
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group for the next update."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    @property
+    def tokens(self) -> float:
+        """Everything the loss has counted so far (real tokens, or samples). Waits for the device."""
+        return float(self._counted)
+
+    # ------------------------------------------------------------------ state
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
+        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items() if isinstance(value, torch.Tensor)}
+        return state if self.is_main_process else {}
+
+    def save(self, path: str | Path, extra: dict | None = None) -> Path:
+        """Save all that resumes training into the directory `path`; every rank must call it. See `paratrain.state`."""
+        from paratrain import state
+
+        self.check_last_step()
+        return state.save(self, Path(path), extra or {})
+
+    def load(self, path: str | Path) -> dict:
+        """Restore what `save` saved, under this or any other layout; every rank must call it. Returns the `extra` it was given."""
+        from paratrain import state
+
+        return state.load(self, Path(path))
+
+    # ------------------------------------------------------------------ helpers
+
+    @property
+    def is_main_process(self) -> bool:
+        return dist.get_rank() == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all data ranks, concatenated along dim 0, on every rank; dims 0 may differ."""
+        group = self._data_group
+        parts: list[Any] = [None] * group.size()
+        dist.all_gather_object(parts, tensor.detach().cpu(), group=group)
+        return torch.cat(parts).to(self.device)
+
+    def check_last_step(self) -> None:
+        """Raise if the last step was not finite; on CUDA that is otherwise noticed one step later."""
+        if self._unchecked is not None:
+            self._raise_unless_finite(self._unchecked)
+            self._unchecked = None
+
+    def _loss(self, run: Callable, inputs: Any, targets: Any, real: int) -> tuple[torch.Tensor, Any]:
+        inputs = self._policy.cast_inputs(batches.to_device(inputs, self.device))
+        with self._policy.autocast(self.device.type):
+            outputs = self._policy.cast_outputs(batches.call(run, inputs))
+            if real == 0:
+                return _weightless(outputs), 0
+            loss = self._loss_fn(outputs, self._policy.cast_targets(batches.to_device(targets, self.device)))
+            if isinstance(loss, torch.Tensor):
+                count = batches.count(targets, real, self.cfg.trainer.loss_count)
+                if count == 0:
+                    return _weightless(outputs), 0
+                return as_sum_and_count(loss, count)
+            return as_sum_and_count(loss)
+
+    def _backward(self, total: torch.Tensor, count: Any) -> None:
+        if not total.requires_grad:
+            raise UserError(
+                "the loss does not depend on any trainable parameter: check that loss_fn uses the outputs and nothing detaches them"
+            )
+        self._window = self._add(self._window or (0.0, 0.0), total, count)
+        if self._unit is None:
+            self._unit = self._agree_on_unit()
+        self._inside_backward = True
+        try:
+            (total * (self._layout.average * self.scaler.scale / self._unit)).backward()
+        finally:
+            self._inside_backward = False
+
+    def _agree_on_unit(self) -> float:
+        """A power of two near the count of a first micro-batch over all ranks, the same for the whole run.
+
+        Sums are divided by it before backward so that float16 gradients have about the magnitude those of a mean have; a power of
+        two rounds nothing, and the division by the true count makes up for it.
+        """
+        assert self._window is not None
+        count = float(self._sum_over_ranks(self._window)[1])
+        return 2.0 ** round(math.log2(max(count, 1.0)))
+
+    def _scalar(self, value: torch.Tensor | float) -> Scalar:
+        if self.device.type == "cpu":
+            return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+        return value.detach().double() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def _add(self, window: tuple[Scalar, Scalar], total: torch.Tensor, count: Any) -> tuple[Scalar, Scalar]:
+        return window[0] + self._scalar(total), window[1] + self._scalar(count)
+
+    def _sum_over_ranks(self, values: Sequence[Scalar]) -> list[Scalar]:
+        """Each value summed over the data ranks, in one collective."""
+        if self._data_ranks == 1:
+            return list(values)
+        vector = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        dist.all_reduce(vector, group=self._data_group)
+        return vector.tolist() if self.device.type == "cpu" else list(vector)
+
+    def _set_lr(self) -> None:
+        factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
+        for optimizer, rates in zip(self.optimizers, self._base_lrs, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def _check_finite(self, result: StepResult) -> None:
+        if self.device.type == "cpu":
+            self._raise_unless_finite(result)
+        else:
+            self.check_last_step()
+            self._unchecked = result
+
+    def _raise_unless_finite(self, result: StepResult) -> None:
+        loss, norm = result.loss, result.grad_norm
+        if math.isfinite(norm) and (math.isfinite(loss) or not result.count):
+            return
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        raise UserError(
+            f"step {self.global_step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights are those before this step. "
+            "Lower optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
+        )
+
+    def _guard(self, grad: torch.Tensor) -> torch.Tensor:
+        if not self._inside_backward:
+            raise UserError(
+                "loss.backward() skips the loss scale and the division by the global count; write engine.backward(loss) instead"
+            )
+        return grad
+
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def _at_most(value: Scalar, bound: float) -> Scalar:
+    return value.clamp(max=bound) if isinstance(value, torch.Tensor) else min(value, bound)
+
+
+def _at_least(value: Scalar, bound: float) -> Scalar:
+    return value.clamp(min=bound) if isinstance(value, torch.Tensor) else max(value, bound)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _weightless(outputs: Any) -> torch.Tensor:
+    """A zero that depends on every output, so that a rank without samples takes part in the collectives of backward."""
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return torch.stack([leaf.sum(dtype=torch.float64) * 0 for leaf in leaves]).sum()

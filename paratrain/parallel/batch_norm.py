@@ -1,0 +1,94 @@
+"""BatchNorm over all data ranks, so that its statistics are those of one process.
+
+On CUDA this is torch's SyncBatchNorm. It refuses CPU tensors, so there the same mathematics runs on differentiable collectives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paratrain.config import Config
+from paratrain.errors import UserError
+from paratrain.mesh import Mesh
+
+
+def refuse_accumulation(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
+    """Refuse what no collective can mend: statistics over one of several micro-batches.
+
+    Raises:
+        UserError: when BatchNorm would see less than the global batch and nobody said that this is wanted.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    share = -(-cfg.data.global_batch // mesh.data.size())
+    size = cfg.data.micro_batch_size
+    if names and size is not None and size < share and cfg.trainer.batch_norm == "sync":
+        raise UserError(
+            f"data.micro_batch_size={size}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the "
+            f"global batch, so the loss would depend on the layout; write data.micro_batch_size=null (a rank's share, {share}), use GroupNorm, "
+            "or accept it with trainer.batch_norm=local"
+        )
+
+
+def synchronise(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
+    """Make every BatchNorm of `model` use the statistics of all data ranks, in place; parameter names stay."""
+    if cfg.trainer.batch_norm == "local":
+        return
+    group = mesh.data.get_group()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, _BatchNorm) or isinstance(child, nn.SyncBatchNorm):
+                continue
+            if next(model.parameters()).is_cuda:
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child, group))
+            else:
+                child.__class__ = type(f"Synchronised{type(child).__name__}", (_Synchronised, type(child)), {"group": group})
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients: every rank's result depends on every rank's argument."""
+
+    @staticmethod
+    def forward(ctx, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = local.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _SumOverRanks.apply(grad.contiguous(), ctx.group), None
+
+
+class _Synchronised(_BatchNorm):
+    group: dist.ProcessGroup
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not (self.training or self.running_mean is None):
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = [dim for dim in range(input.ndim) if dim != 1]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        wide = input if input.dtype is torch.float64 else input.float()
+        count = self._total(torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype))
+        mean = self._total(wide.sum(dims)) / count
+        centred = wide - mean.view(shape)
+        var = self._total(centred.square().sum(dims)) / count
+        if self.training and self.track_running_stats:
+            self._track(mean.detach(), var.detach() * count / (count - 1))
+        out = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+    def _total(self, local: torch.Tensor) -> torch.Tensor:
+        return _SumOverRanks.apply(local, self.group)
+
+    def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)

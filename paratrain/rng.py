@@ -1,0 +1,35 @@
+"""Randomness of the training step as a function of (seed, step, micro-batch, data rank).
+
+Ranks that hold replicas of one activation draw the same numbers, ranks with other samples draw others, and a resumed run draws
+what the uninterrupted one would have drawn. The generators of the user's program are handed back as they were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from paratrain.distributed import seed_for
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Give torch's generators back as they were, whatever is drawn inside."""
+    cpu = torch.default_generator.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def reseed(device: torch.device, *parts: int) -> None:
+    """Start torch's generators at a state that is a function of `parts`."""
+    seed = seed_for(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)

@@ -1,0 +1,358 @@
+"""The engine against a hand-written single-process loop, in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import Tiny, config, token_batches, token_loss, train_by_hand
+from torch import nn
+
+from paratrain.api import setup
+from paratrain.config import DDP, LossScale, Precision, Scheduler
+from paratrain.errors import UserError
+from paratrain.spawn import run
+
+TOLERANCE = 1e-10  # float64, the same sums in another order
+
+
+def seeded(build):
+    def model():
+        torch.manual_seed(11)
+        return build()
+
+    return model
+
+
+tiny = seeded(Tiny)
+
+
+def train(cfg, batches, build=tiny, loss_fn=token_loss):
+    """Train under `cfg` on every step of `batches`: what a rank saw, and the weights."""
+    engine = setup(build, loss_fn, cfg)
+    steps = [engine.train_step(engine.local(batch)) for batch in batches]
+    return [s.loss for s in steps], [s.grad_norm for s in steps], [s.count for s in steps], engine.full_state_dict()
+
+
+def assert_same(result, expected):
+    losses, norms, _, weights = result
+    ref_losses, ref_norms, ref_weights = expected
+    assert max(abs(a - b) for a, b in zip(losses, ref_losses, strict=True)) < TOLERANCE
+    assert max(abs(a - b) for a, b in zip(norms, ref_norms, strict=True)) < TOLERANCE
+    assert weights.keys() == ref_weights.keys()
+    assert max(float((weights[name] - value).abs().max()) for name, value in ref_weights.items()) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """The reference, once for equal and once for masked batches; 10 samples do not divide by 3 or 4 ranks."""
+    return {masked: train_by_hand(seeded(Tiny)().double(), token_batches(20, 10, masked)) for masked in (False, True)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ddp_equals_one_process(ranks, by_hand):
+    cases = [(masked, micro) for masked in (False, True) for micro in (None, 1, 2, 3)]
+
+    def body():
+        return [train(config(micro), token_batches(20, 10, masked)) for masked, micro in cases]
+
+    every_rank = run(body, ranks)
+    for (masked, _micro), *results in zip(cases, *every_rank, strict=True):
+        assert_same(results[0], by_hand[masked])
+        for other in results[1:]:
+            assert other[:3] == results[0][:3], "every rank reports the same numbers"
+            assert other[3] == {}, "only rank 0 holds the full state"
+        assert results[0][2] == [int((t != -100).sum()) for _, t in token_batches(20, 10, masked)]
+
+
+def test_fewer_samples_than_ranks(by_hand):
+    """Ranks without a sample take part with weight nothing."""
+    batches = token_batches(6, 2, True)
+    results = run(lambda: train(config(), batches), 4)
+    assert_same(results[0], train_by_hand(seeded(Tiny)().double(), batches))
+
+
+def test_plain_mean_losses():
+    """A mean over tokens, over samples, and a scalar mean whose micro-batch has nothing to count."""
+
+    def token_mean(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    def mse(outputs, targets):
+        return F.mse_loss(outputs, targets)
+
+    batches = token_batches(5, 7, True)
+    for _, targets in batches:
+        targets[1] = -100
+    generator = torch.Generator().manual_seed(0)
+    floats = [
+        (torch.randn(7, 4, generator=generator, dtype=torch.float64), torch.randn(7, 3, generator=generator, dtype=torch.float64))
+        for _ in range(5)
+    ]
+    linear = seeded(lambda: nn.Linear(4, 3))
+
+    def body():
+        return train(config(1), batches, loss_fn=token_mean), train(config(2), floats, linear, mse)
+
+    (tokens, values), *_ = run(body, 2)
+    assert_same(tokens, train_by_hand(seeded(Tiny)().double(), batches))
+    reference = train_by_hand(linear().double(), floats, loss_fn=lambda o, t: ((o - t).square().sum() / 3, len(t)))
+    assert_same(values, reference)
+
+
+def test_own_loop_equals_train_step():
+    """forward, backward, no_sync, clip and step by hand are the same step."""
+    batches = token_batches(4, 8, True)
+
+    def own_loop():
+        engine = setup(seeded(Tiny), token_loss, config())
+        losses = []
+        for batch in batches:
+            share = engine.local(batch)
+            half = len(share.inputs) // 2
+            with engine.no_sync():
+                engine.backward(token_loss(engine(share.inputs[:half]), share.targets[:half]))
+            engine.backward(token_loss(engine(share.inputs[half:]), share.targets[half:]))
+            norm = engine.clip_grad_norm_(0.5)
+            result = engine.step()
+            assert result.grad_norm == float(norm)
+            losses.append(result.loss)
+        return losses, engine.full_state_dict()
+
+    def body():
+        return own_loop(), train(config(), batches)
+
+    ((losses, weights), (ref_losses, _, _, ref_weights)), *_ = run(body, 2)
+    assert losses == pytest.approx(ref_losses, abs=TOLERANCE)
+    assert all(torch.allclose(weights[n], ref_weights[n], atol=TOLERANCE, rtol=0) for n in weights)
+
+
+def test_one_rank_overflows_all_skip():
+    """fp16: an overflow on one rank skips the step on all, halves the scale once, and leaves weights and schedule alone."""
+
+    class Spike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    def body():
+        precision = Precision("16-mixed", LossScale(init=1024.0, growth_interval=2))
+        cfg = config(precision=precision, scheduler=Scheduler("constant", warmup_steps=10))
+        engine = setup(seeded(Spike), lambda o, t: ((o.float() - t).square().sum(), len(t)), cfg)
+        history = []
+        for step in range(6):
+            x = torch.ones(4, 4)
+            if step == 1:
+                x[0] = 1e5  # only rank 0 holds this sample; beyond the range of float16
+            result = engine.train_step(engine.local((x, torch.zeros(4, 1))))
+            history.append((result.skipped, result.loss_scale, result.lr, engine.model.linear.weight.detach().clone()))
+        return history, engine.scaler.skipped, engine.updates, engine.global_step
+
+    ours, theirs = run(body, 2)
+    history, skipped, updates, steps = ours
+    assert [h[0] for h in history] == [False, True, False, False, False, False]
+    assert [h[1] for h in history] == [1024.0, 1024.0, 512.0, 512.0, 1024.0, 1024.0]
+    assert torch.equal(history[0][3], history[1][3])
+    assert not torch.equal(history[1][3], history[2][3])
+    assert [h[2] for h in history] == pytest.approx([1e-3, 2e-3, 2e-3, 3e-3, 4e-3, 5e-3])
+    assert (skipped, updates, steps) == (1, 5, 6)
+    for mine, other in zip(history, theirs[0], strict=True):
+        assert mine[:3] == other[:3]
+        assert torch.equal(mine[3], other[3])
+
+
+def test_low_precision_follows_float32():
+    """bf16-mixed, bf16-true and 16-mixed on 2 ranks stay within the rounding of 8 (11) bits of one float32 process."""
+    batches = token_batches(5, 8, True)
+
+    def body(name):
+        scale = LossScale() if name == "16-mixed" else None
+        return train(config(4, precision=Precision(name, scale)), batches)
+
+    full = train(config(precision=Precision("32-true")), batches)
+    for name, bound in (("bf16-mixed", 0.02), ("bf16-true", 0.05), ("16-mixed", 0.003)):
+        (losses, _, _, weights), _ = run(body, 2, name)
+        assert max(abs(a - b) for a, b in zip(losses, full[0], strict=True)) < bound, name
+        assert losses != full[0], "the precision asked for is the one used"
+        assert weights["up.weight"].dtype is (torch.bfloat16 if name == "bf16-true" else torch.float32)
+
+
+def test_dropout_differs_between_ranks_and_repeats():
+    """Masks are a function of (seed, step, micro-batch, data rank); the user's generator is not disturbed."""
+
+    class Mask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.drawn = []
+
+        def forward(self, x):
+            self.drawn.append(F.dropout(torch.ones(64), 0.5))
+            return x * self.scale
+
+    def body():
+        torch.manual_seed(1)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        engine = setup(Mask, lambda o, t: (o.sum(), len(o)), config(1))
+        for _ in range(2):
+            engine.train_step(engine.local((torch.ones(4, 1), None)))
+        return torch.stack(engine.model.drawn), torch.equal(torch.rand(3), expected)
+
+    (first, kept), (second, _) = run(body, 2)
+    again, _ = run(body, 2)[0]
+    masks = [*first, *second]
+    assert kept
+    assert torch.equal(first, again)
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_unused_parameters_and_conditional_use():
+    """A module that a step does not call keeps its weights, in any layout."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.never, self.odd = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x, flag):
+            out = self.used(x)
+            return out + self.odd(x) if bool(flag[0]) else out
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        ((torch.randn(6, 4, generator=generator), torch.full((6,), step % 2)), torch.randn(6, 3, generator=generator)) for step in range(4)
+    ]
+
+    def loss_fn(outputs, targets):
+        return (outputs - targets).square().sum(), targets.numel()
+
+    one = train(config(), batches, seeded(Sometimes), loss_fn)
+    two, _ = run(lambda: train(config(), batches, seeded(Sometimes), loss_fn), 2)
+    assert_same(two, (one[0], one[1], one[3]))
+    start = seeded(Sometimes)().double().state_dict()
+    assert torch.equal(two[3]["never.weight"], start["never.weight"])
+
+
+def test_batch_norm_is_over_the_global_batch():
+    build = seeded(lambda: nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 6, 2)))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.randn(7, 3, 8, generator=generator, dtype=torch.float64) * 3 + 1,
+            torch.randn(7, 2, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(6)
+    ]
+
+    def loss_fn(outputs, targets):
+        return (outputs - targets).square().sum(), len(targets)
+
+    results = run(lambda: train(config(), batches, build, loss_fn), 3)
+    assert_same(results[0], train_by_hand(build().double(), batches, loss_fn=loss_fn))
+    with pytest.raises(UserError, match="BatchNorm"):
+        setup(build, loss_fn, config(2))
+    local_cfg = config(3)
+    local_cfg = replace(local_cfg, trainer=replace(local_cfg.trainer, batch_norm="local"))
+    local, _ = run(lambda: train(local_cfg, batches, build, loss_fn), 2)
+    assert abs(local[0][0] - results[0][0][0]) > 1e-6
+
+
+def test_nested_batches_and_modules_instead_of_callables():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, extra):
+            return {"out": self.linear(x) + extra["bias"], "note": "text"}
+
+    def loss_fn(outputs, targets):
+        return (outputs["out"] - targets["y"]).square().sum(), 1.0 * len(targets["y"])
+
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batches = [({"x": rand(5, 3), "extra": {"bias": rand(5, 2)}}, {"y": rand(5, 2)}) for _ in range(3)]
+    one = train(config(2), batches, seeded(Nested)(), loss_fn)
+    two, _ = run(lambda: train(config(2), batches, seeded(Nested)(), loss_fn), 2)
+    assert_same(two, (one[0], one[1], one[3]))
+
+
+def test_eval_step_is_exact_and_changes_nothing():
+    batches = token_batches(2, 7, True)
+
+    def body():
+        engine = setup(seeded(lambda: Tiny(dropout=0.5)), token_loss, config(2))
+        engine.model.up.eval()
+        before = engine.full_state_dict()
+        results = [engine.eval_step(engine.local(batch)) for batch in batches]
+        modes = engine.model.training, engine.model.up.training, engine.model.down.training
+        after = engine.full_state_dict()
+        return [(r.loss, r.count) for r in results], modes, all(torch.equal(before[k], after[k]) for k in before)
+
+    (results, modes, unchanged), _, (other, _, _) = run(body, 3)
+    model = seeded(Tiny)().double().eval()
+    for (loss, count), (inputs, targets) in zip(results, batches, strict=True):
+        total, number = token_loss(model(inputs).detach(), targets)
+        assert (loss, count) == (pytest.approx(float(total / number), abs=TOLERANCE), int(number))
+    assert results == other
+    assert modes == (True, False, True)
+    assert unchanged
+
+
+def test_misuse_says_what_to_call():
+    engine = setup(seeded(Tiny), token_loss, config())
+    inputs, targets = token_batches(1, 4, False)[0]
+    with pytest.raises(UserError, match=r"engine\.backward\(loss\)"):
+        token_loss(engine(inputs), targets)[0].backward()
+    with pytest.raises(UserError, match=r"engine\.backward\(loss\)"):
+        engine.step()
+    with pytest.raises(UserError, match="pair"):
+        engine.train_step(inputs)
+    with pytest.raises(UserError, match="disagree"):
+        engine.train_step((inputs, targets[:3]))
+    with pytest.raises(UserError, match="detach"):
+        setup(seeded(Tiny), lambda o, t: (o.detach().sum(), 1), config()).train_step((inputs, targets))
+    with pytest.raises(UserError, match="reduce it to a scalar"):
+        setup(seeded(Tiny), lambda o, t: (o, 1), config()).train_step((inputs, targets))
+    with pytest.raises(UserError, match="float16"):
+        setup(seeded(lambda: Tiny().half()), token_loss, config(precision=Precision("16-mixed", LossScale())))
+
+
+def test_nonfinite_loss_stops_before_the_update():
+    engine = setup(seeded(Tiny), lambda o, t: (o.sum() * math.inf, 1), config())
+    before = engine.full_state_dict()
+    with pytest.raises(UserError, match=r"step 0: the loss is (nan|-?inf)"):
+        engine.train_step(token_batches(1, 4, False)[0])
+    assert all(torch.equal(value, before[name]) for name, value in engine.full_state_dict().items())
+
+
+@pytest.mark.parametrize("hook", ["fp16", "powersgd"])
+def test_compressed_reductions_train(hook):
+    """Compression changes the result, a little and not silently: the loss still follows the plain reduction."""
+    batches = token_batches(8, 8, False)
+    precision = Precision("32-true")
+    compressed = replace(DDP(), comm_hook=hook, powersgd_rank=4, powersgd_start_step=2, find_unused_parameters=False)
+
+    def body(strategy):
+        return train(config(precision=precision, strategy=strategy), batches)
+
+    (plain, *_), _ = run(body, 2, DDP())
+    (losses, *_), (other, *_) = run(body, 2, compressed)
+    assert losses == other
+    assert losses != plain
+    assert max(abs(a - b) for a, b in zip(losses, plain, strict=True)) < (0.01 if hook == "fp16" else 0.1)
+
+
+def test_bf16_hook_needs_nccl():
+    with pytest.raises(RuntimeError, match="gloo has no bfloat16 all-reduce"):
+        run(lambda: setup(seeded(Tiny), token_loss, config(strategy=DDP(comm_hook="bf16"))), 2)
