@@ -1,0 +1,251 @@
+"""Where metrics go. A sink is told of the start, of every logged step and of the end; one that fails never stops training."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from paratrain.config import Logger
+from paratrain.distributed import is_main_process
+from paratrain.errors import UserError
+from paratrain.metrics.console import Console
+from paratrain.metrics.env import git_commit
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float]
+
+_SECRET = re.compile(r"(?i:secret|passw|credential)|(?i:key|token)s?(?![a-z])")
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_HIDDEN = "[redacted]"
+_PACKAGE = {"wandb": "wandb", "tensorboard": "tensorboard"}
+
+
+class Sink(Protocol):
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Called once, with what `run_info` returns."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Numbers by name (`train/loss`, `eval/loss`, `tokens`, ...) after `step` optimizer steps."""
+
+    def finish(self, exit_code: int) -> None:
+        """Called once; nothing is logged after it."""
+
+
+def build(options: Logger, run_dir: str | Path, resume: bool) -> list[Sink]:
+    """The sinks of `logger.sinks` on rank 0, none on the others.
+
+    Args:
+        run_dir: the output directory, which exists.
+        resume: go on with the files and the W&B run found there, without what was logged after the step `start` is told;
+            otherwise begin them anew.
+
+    Raises:
+        UserError: on every rank, where a package that a sink needs is not installed.
+    """
+    missing = [name for name in options.sinks if name in _PACKAGE and importlib.util.find_spec(_PACKAGE[name]) is None]
+    if missing:
+        raise UserError(
+            f"logger.sinks={options.sinks}: {', '.join(missing)} is not installed; "
+            f"pip install 'paratrain[{','.join(missing)}]', or leave it out of logger.sinks"
+        )
+    if not is_main_process():
+        return []
+    return [_Guarded(name, _sink(name, options, Path(run_dir), resume)) for name in dict.fromkeys(options.sinks)]
+
+
+def _sink(name: str, options: Logger, run_dir: Path, resume: bool) -> Sink:
+    if name == "wandb":
+        from paratrain.metrics.weights_biases import WeightsAndBiases
+
+        return WeightsAndBiases(options.wandb, run_dir, resume)
+    if name == "console":
+        return Console()
+    if name == "tensorboard":
+        return TensorBoard(run_dir / "tensorboard", resume)
+    return Jsonl(run_dir / "metrics.jsonl", resume) if name == "jsonl" else Csv(run_dir / "metrics.csv", resume)
+
+
+def run_info(
+    config: Mapping[str, Any], run_dir: str | Path, world_size: int, step: int = 0, max_steps: int | None = None
+) -> dict[str, Any]:
+    """What sinks are told of a run.
+
+    Args:
+        config: the configuration as a dictionary; sinks get it with secrets replaced.
+        step: the step training goes on from; 0 for a new run.
+        max_steps: the last step, where it is known.
+    """
+    return {
+        "config": dict(config),
+        "git_commit": git_commit(Path.cwd()),
+        "run_dir": str(run_dir),
+        "world_size": world_size,
+        "step": step,
+        "max_steps": max_steps,
+    }
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy with secrets replaced: text under a name such as `api_key`, `hf_token` or `password`, and user:password in URLs."""
+    if isinstance(value, Mapping):
+        return {k: redact(v, name if _SECRET.search(name) else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v, name) for v in value]
+    if isinstance(value, str):
+        return _HIDDEN if value and _SECRET.search(name) else _USERINFO.sub(_HIDDEN, value)
+    return value
+
+
+class _Guarded:
+    """Says once that a sink failed, and goes on. Failing to start a file is the user's business: the directory is not writable."""
+
+    def __init__(self, name: str, sink: Sink):
+        self.name, self.sink, self.failed = name, sink, False
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        try:
+            self.sink.start({**run, "config": redact(run["config"])})
+        except OSError as error:
+            raise UserError(
+                f"output_dir={run['run_dir']}: the {self.name} log cannot be written there ({error.strerror or error}); "
+                "choose a directory that you may write to"
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._try(lambda: self.sink.log(step, metrics), f"at step {step}")
+
+    def finish(self, exit_code: int) -> None:
+        self._try(lambda: self.sink.finish(exit_code), "at the end")
+
+    def _try(self, call: Any, when: str) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self.failed:
+                log.warning("the %s sink failed %s (%s: %s); training goes on", self.name, when, type(error).__name__, error)
+            self.failed = True
+
+
+class Jsonl:
+    """metrics.jsonl: an object a line, complete after every call. A value that is not finite is null, as JSON has no other word."""
+
+    def __init__(self, path: Path, resume: bool):
+        self.path, self.resume = path, resume
+        self.file: TextIO | None = None
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        rows = _read_jsonl(self.path) if self.resume and self.path.exists() else []
+        _replace(self.path, "".join(json.dumps(row) + "\n" for row in _until(rows, run["step"])))
+        self.file = self.path.open("a", buffering=1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        assert self.file, "start comes first"
+        numbers = {name: float(value) if not isinstance(value, int) else value for name, value in metrics.items()}
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
+        self.file.write(json.dumps(row) + "\n")
+
+    def finish(self, exit_code: int) -> None:
+        if self.file:
+            self.file.close()
+
+
+class Csv:
+    """metrics.csv: a column a metric, empty where a row has none. A metric seen for the first time rewrites the file once."""
+
+    def __init__(self, path: Path, resume: bool):
+        self.path, self.resume = path, resume
+        self.columns = ["step"]
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        rows = self._rows() if self.resume and self.path.exists() else []
+        kept = list(_until(rows, run["step"]))
+        self.columns = list(kept[0]) if kept else ["step"]
+        self._write(kept)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        row = {"step": step, **metrics}
+        new = [name for name in row if name not in self.columns]
+        if new:
+            rows = self._rows()
+            self.columns += new
+            self._write([*rows, row])
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+    def _rows(self) -> list[dict[str, Any]]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self.path, text.getvalue())
+
+
+class TensorBoard:
+    """Scalars by step in `<run_dir>/tensorboard`."""
+
+    def __init__(self, directory: Path, resume: bool):
+        self.directory, self.resume = directory, resume
+        self.writer: Any = None
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not self.resume:
+            for old in self.directory.glob("events.out.tfevents.*"):
+                old.unlink()
+        self.writer = SummaryWriter(str(self.directory), purge_step=run["step"] + 1 if self.resume else None)
+        facts = {name: run[name] for name in ("git_commit", "world_size", "config")}
+        self.writer.add_text("run", f"```json\n{json.dumps(facts, indent=2, default=str)}\n```", run["step"])
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self, exit_code: int) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line a killed process was writing
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _until(rows: Iterable[dict[str, Any]], step: int) -> Iterable[dict[str, Any]]:
+    """Rows up to `step`: those after it will be logged again. A row without a readable step was cut off."""
+    for row in rows:
+        try:
+            if int(row["step"]) <= step:
+                yield row
+        except (KeyError, TypeError, ValueError):
+            continue
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, or a crash, finds the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, newline="")
+    os.replace(new, path)

@@ -1,0 +1,173 @@
+"""Weights & Biases, kept at arm's length: its calls run in a thread of their own, so that neither an error nor a dead network
+nor a slow server reaches the training loop."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import netrc
+import os
+import queue
+import secrets
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from paratrain.config import WandB
+
+log = logging.getLogger(__name__)
+
+_PREFLIGHT_SECONDS = 2
+_INIT_SECONDS = 30
+_FINISH_SECONDS = 60
+_QUEUE_ROWS = 10_000
+_KEPT_ROWS = 1000  # logged again after a failure: W&B writes its file every 15 s, so a dead service loses the newest rows
+
+
+class WeightsAndBiases:
+    """One run a job, continued by a resume.
+
+    Args:
+        options: section `logger.wandb`.
+        run_dir: W&B writes below it, and the run's id is kept there.
+        resume: continue the run whose id is kept there.
+    """
+
+    def __init__(self, options: WandB, run_dir: Path, resume: bool):
+        self.options, self.run_dir, self.resume = options, run_dir, resume
+        self.rows: queue.Queue[dict[str, float] | int] = queue.Queue(_QUEUE_ROWS)
+        self.thread: threading.Thread | None = None
+        self.recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_KEPT_ROWS)
+        self.dropped = 0
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        identity = self.options.id or _kept_id(self.run_dir / "wandb_id", self.resume)
+        # Imported here, not in the thread: a data loader that forks meanwhile would inherit a half-imported package.
+        try:
+            import wandb
+        except Exception as error:
+            log.warning("wandb cannot be imported (%s); nothing is logged to it", _say(error))
+            return
+        self.thread = threading.Thread(target=self._work, args=(wandb, identity, run), name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.thread or not self.thread.is_alive():
+            return
+        try:
+            self.rows.put_nowait({"step": step, **metrics})
+        except queue.Full:
+            if not self.dropped:
+                log.warning("W&B is %d rows behind; rows are dropped until it catches up", _QUEUE_ROWS)
+            self.dropped += 1
+
+    def finish(self, exit_code: int) -> None:
+        if not self.thread or not self.thread.is_alive():
+            return
+        with contextlib.suppress(queue.Full):
+            self.rows.put(exit_code, timeout=_FINISH_SECONDS)
+        self.thread.join(_FINISH_SECONDS)
+        if self.thread.is_alive():
+            log.warning("W&B did not finish within %d s; upload the rest of %s/wandb with `wandb sync`", _FINISH_SECONDS, self.run_dir)
+
+    def _work(self, wandb: Any, identity: str, info: Mapping[str, Any]) -> None:
+        mode, reason = choose_mode(wandb, self.options.mode)
+        if reason:
+            log.warning("W&B is offline: %s. Metrics are kept in %s/wandb; upload them with `wandb sync`", reason, self.run_dir)
+        try:
+            self._session(wandb, identity, info, mode)
+        except Exception as error:
+            log.warning("W&B failed (%s); metrics are kept offline in %s/wandb", _say(error), self.run_dir)
+            with contextlib.suppress(Exception):
+                wandb.teardown(exit_code=1)  # a run that did not start holds the id; the service process may be dead
+            try:
+                self._session(wandb, identity, info, "offline")
+            except Exception as error:
+                log.warning("W&B failed again (%s); nothing more is logged to it", _say(error))
+
+    def _session(self, wandb: Any, identity: str, info: Mapping[str, Any], mode: str) -> None:
+        run = self._init(wandb, identity, info, mode)
+        for row in list(self.recent):
+            run.log(row)
+        while not isinstance(item := self.rows.get(), int):
+            self.recent.append(item)
+            run.log(item)
+        self.rows.put_nowait(item)  # the end is still to come if this session fails at it
+        run.finish(exit_code=item)
+
+    def _init(self, wandb: Any, identity: str, info: Mapping[str, Any], mode: str) -> Any:
+        options = self.options
+        run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            name=options.name or Path(info["run_dir"]).resolve().name,
+            group=options.group,
+            tags=options.tags,
+            id=identity,
+            resume="allow",
+            mode=mode,
+            dir=str(self.run_dir),
+            config={**info["config"], "git_commit": info["git_commit"], "world_size": info["world_size"]},
+            allow_val_change=True,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS - 10),
+        )
+        # `step` is a metric like any other: W&B's own step must rise, and drops what a resumed run logs again.
+        run.define_metric("step")
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def choose_mode(wandb: Any, asked: str) -> tuple[str, str]:
+    """(mode, why it is not online): online needs a key, so that nothing ever prompts, and with `auto` a server that answers.
+
+    WANDB_MODE decides what `auto` leaves open.
+    """
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if asked == "auto":
+            asked = os.environ.get("WANDB_MODE", "auto")
+        if asked not in ("auto", "online"):
+            return asked, ""
+        url = wandb.setup().settings.base_url
+        if not _has_key(url):
+            return "offline", f"no API key is set for {url}"
+        if asked == "auto":
+            _connect(url)
+    except Exception as error:
+        return "offline", f"the server does not answer ({_say(error)})"
+    return "online", ""
+
+
+def _has_key(url: str) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = os.environ.get("NETRC")
+    files = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    return any(file.exists() and netrc.netrc(file).authenticators(urlsplit(url).netloc) for file in files)
+
+
+def _connect(url: str) -> None:
+    server = urlsplit(url)
+    proxy = getproxies().get(server.scheme)
+    if proxy and not proxy_bypass(server.netloc):
+        server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = server.port or {"http": 80, "https": 443}.get(server.scheme, 443)
+    socket.create_connection((server.hostname or "", port), timeout=_PREFLIGHT_SECONDS).close()
+
+
+def _kept_id(path: Path, resume: bool) -> str:
+    if resume and path.exists() and (kept := path.read_text().strip()):
+        return kept
+    identity = secrets.token_hex(4)
+    path.write_text(identity)
+    return identity
