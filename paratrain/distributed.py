@@ -11,7 +11,9 @@ import hashlib
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from paratrain.errors import UserError
 
 _HANDSHAKE = "paratrain"
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -44,6 +47,27 @@ def barrier() -> None:
     """Wait for every rank; returns at once without a process group."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; a mistake it finds there is raised on every rank.
+
+    Raises:
+        UserError: the one that `function` raised on rank 0.
+    """
+    if world_size() == 1:
+        return function()
+    answer: list[Any] = [None]
+    if is_main_process():
+        try:
+            answer = [(True, function())]
+        except UserError as error:
+            answer = [(False, error)]
+    dist.broadcast_object_list(answer, src=0)
+    good, value = answer[0]
+    if not good:
+        raise value
+    return value
 
 
 def rendezvous(timeout: timedelta = timedelta(minutes=10)) -> dist.Store:

@@ -62,6 +62,11 @@ class StepResult:
         return int(count) if count.is_integer() else count
 
     @property
+    def device_count(self) -> Scalar:
+        """`count`, without waiting for the device."""
+        return self._totals[1]
+
+    @property
     def grad_norm(self) -> float:
         return float(self._norm)
 
@@ -242,14 +247,41 @@ class Engine:
         state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items() if isinstance(value, torch.Tensor)}
         return state if self.is_main_process else {}
 
-    def save(self, path: str | Path, extra: dict | None = None) -> Path:
-        """Save all that resumes training into the directory `path`; every rank must call it. See `paratrain.state`."""
+    def counters(self) -> dict[str, Any]:
+        """Every number that a resume needs beside tensors: positions, the loss scale, and the unit that gradients are scaled by."""
+        return {
+            "global_step": self.global_step,
+            "updates": self.updates,
+            "counted": self.tokens,
+            "unit": self._unit,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, counters: dict[str, Any]) -> None:
+        """Go on from what `counters` returned."""
+        self.global_step, self.updates = int(counters["global_step"]), int(counters["updates"])
+        self._counted, self._unit = self._scalar(counters["counted"]), counters["unit"]
+        if self.scaler.enabled:
+            self.scaler.load_state_dict(counters["scaler"])
+        self._set_lr()
+
+    def plan_updates(self, total: int | None) -> None:
+        """Tell the schedule how many updates training will take, where the config does not (`scheduler.total_steps`)."""
+        self.total_updates = self.cfg.scheduler.total_steps or total
+        self._set_lr()
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Save all that resumes training into the directory `path`, whole or not at all; every rank must call it. See `state.py`.
+
+        Args:
+            extra: JSON values of your own, which `load` returns.
+        """
         from paratrain import state
 
         self.check_last_step()
-        return state.save(self, Path(path), extra or {})
+        state.save(self, Path(path), extra or {})
 
-    def load(self, path: str | Path) -> dict:
+    def load(self, path: str | Path) -> dict[str, Any]:
         """Restore what `save` saved, under this or any other layout; every rank must call it. Returns the `extra` it was given."""
         from paratrain import state
 
