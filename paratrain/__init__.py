@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paratrain import verify
     from paratrain._hydra import load_config, main
     from paratrain.api import setup
     from paratrain.callbacks import Callback
@@ -38,7 +37,21 @@ _HOME = {
     "setup": "api",
 }
 
-__all__ = sorted([*_HOME, "__version__", "verify"])
+__all__ = [
+    "Callback",
+    "Config",
+    "ConfigError",
+    "Engine",
+    "StepResult",
+    "Trainer",
+    "UserError",
+    "__version__",
+    "cross_entropy",
+    "load_config",
+    "main",
+    "setup",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

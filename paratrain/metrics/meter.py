@@ -49,11 +49,11 @@ class Meter:
 
     def _restart(self) -> None:
         self._steps, self._samples, self._data = 0, 0, 0.0
-        self._tokens: int | Tensor | None = None
+        self._tokens: float | Tensor | None = None
         self._paused = 0.0
         self._began = self._clock()
 
-    def add(self, samples: int, tokens: int | Tensor | None = None) -> None:
+    def add(self, samples: int, tokens: float | Tensor | None = None) -> None:
         """One optimizer step is done.
 
         Args:
