@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 _UNSEEN = ("throughput/", "time/", "memory/", "goodput/")
-_UNSEEN_NAMES = {"tokens", "train/loss", "train/lr", "train/grad_norm", "train/loss_scale", "train/skipped_steps", "train/epoch"}
+_UNSEEN_NAMES = {"tokens", "train/loss", "train/lr", "train/grad_norm", "train/loss_scale", "train/skipped_steps"}
 
 
 class Console:
