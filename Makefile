@@ -1,0 +1,38 @@
+# `make train` and `make test` need Python 3.11 or later and nothing else; the rest is for developers.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := OMP_NUM_THREADS=1 $(BIN)
+
+.PHONY: train test test-slow lint bench clean
+.DEFAULT_GOAL := train
+
+# Train a GPT on real text over 2 processes, and print text it writes.
+train: .venv/installed
+	$(RUN)/torchrun --nproc_per_node=2 -m paratrain.train experiment=first_run
+
+# What CI runs: style, types, and every test that takes seconds.
+test: lint
+	$(RUN)/python -m pytest
+
+# Every test, the minutes-long ones too.
+test-slow: .venv/installed
+	$(RUN)/python -m pytest -m 'not gpu'
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Measure against hand-written loops and rival libraries; writes benchmarks/results/.
+bench: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(RUN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "paratrain needs Python 3.11 or later, this is " + sys.version.split()[0] + "; write make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
