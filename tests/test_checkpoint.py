@@ -225,6 +225,27 @@ def test_saving_again_replaces_and_only_checkpoints_are_replaced(path):
     assert (mine / "thesis.tex").read_text() == "years"
 
 
+@pytest.mark.parametrize("fails", ["mkdir", "rename", "fsync"])
+def test_a_save_that_fails_leaves_what_was_there(fails, path, monkeypatch):
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if fails != "rename" or ".tmp-" in str(args[0]):
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    real = getattr(os, fails)
+    monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoint.save(path, {"w": torch.ones(1)})
+    monkeypatch.undo()
+    assert calls
+    assert os.listdir(path.parent) == [path.name]
+    assert checkpoint.read_meta(path)["step"] == 7
+    assert checkpoint.check(path) == []
+
+
 DIE = """
 import os, signal, sys, torch
 from paratrain import checkpoint

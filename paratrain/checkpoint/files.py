@@ -77,7 +77,8 @@ class VerifiedFile:
 
     def __init__(self, directory: Path, saved: SavedFile):
         self._saved = saved
-        self._window, self._start = torch.empty(0, dtype=torch.uint8), 0
+        self._buffer = self._window = torch.empty(0, dtype=torch.uint8)
+        self._start = 0
         self._file = open_regular(directory / saved.name)
         size = os.fstat(self._file.fileno()).st_size
         if size != saved.size:
@@ -101,7 +102,10 @@ class VerifiedFile:
         if not self._start <= start <= stop <= self._start + len(self._window):
             first, last = start // BLOCK, -(-stop // BLOCK)
             self._start = first * BLOCK
-            self._window = torch.empty(max(min(last * BLOCK, self._saved.size) - self._start, 0), dtype=torch.uint8)
+            length = min(last * BLOCK, self._saved.size) - self._start
+            if len(self._buffer) < length:  # kept between reads: fresh pages cost more than their hashes
+                self._buffer = torch.empty(length, dtype=torch.uint8)
+            self._window = self._buffer[:length]
             for index in range(first, last):
                 self._read_block(index)
         return self._window[start - self._start : stop - self._start]

@@ -131,6 +131,7 @@ class Writer(StorageWriter):
         if os.path.lexists(self.target) and not (self.target.is_dir() and (self.target / FILE_NAME).exists()):
             raise CheckpointError(f"{self.target} exists and is no checkpoint: it will not be replaced; delete it or save elsewhere")
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        files.sync_directory(self.target.parent.parent)
         self.temporary.mkdir()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -23,7 +23,8 @@ _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
 _SMALL = 1 << 20
 """Elements that a state may have whatever the size of its parameter."""
 
-Saved = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a saved tensor."""
 
 
 def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
@@ -54,7 +55,7 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer], names: Mappin
 
 
 def prepare_optimizer(
-    optimizers: Iterable[torch.optim.Optimizer], names: Mapping[torch.Tensor, str], saved: Saved
+    optimizers: Iterable[torch.optim.Optimizer], names: Mapping[torch.Tensor, str], saved: Mapping[str, Kind]
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
     """Give every parameter the states that a checkpoint has for it, for `load` to fill; no step is taken.
 
@@ -71,42 +72,41 @@ def prepare_optimizer(
     Raises:
         CheckpointError: when an optimizer needs states that the checkpoint does not have: another class or option wrote them.
     """
-    by_parameter: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = defaultdict(dict)
+    by_parameter: dict[str, dict[str, Kind]] = defaultdict(dict)
     for full, kind in saved.items():
+        name, _, key = full.removeprefix(PREFIX).rpartition("/")
         if full.startswith(PREFIX):
-            name, _, key = full.removeprefix(PREFIX).rpartition("/")
             by_parameter[name][key] = kind
     tensors: dict[str, torch.Tensor] = {}
-    numbers: list[tuple[dict[str, Any], str, type, torch.Tensor]] = []
+    numbers: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     probes: dict[Any, dict[str, Any] | None] = {}
     for optimizer, group, param, name in _owned(optimizers, names):
-        states = by_parameter.get(name, {})
+        states = by_parameter.get(name)
         if not states:
             optimizer.state.pop(param, None)
             continue
-        probe_key = (id(group), param.ndim, param.dtype, param.device)
-        if probe_key not in probes:
-            probes[probe_key] = _probe(optimizer, group, param)
-        probe = probes[probe_key]
-        _check_keys(optimizer, name, probe, {key.partition("#")[0] for key in states})
+        like = (id(group), param.ndim, param.dtype, param.device)
+        if like not in probes:
+            probes[like] = _probe(optimizer, group, param)
+        _check_keys(optimizer, name, probes[like], {key.partition("#")[0] for key in states})
         current = optimizer.state[param]
         for key in current.keys() - states.keys():
             del current[key]
-        for key, (shape, dtype) in states.items():
+        for key, kind in states.items():
             full = f"{PREFIX}{name}/{key}"
-            plain_key, _, number = key.partition("#")
+            number = key.partition("#")[2]
             if number in _NUMBERS:
                 tensors[full] = torch.zeros((), dtype=_NUMBERS[number][1])
-                numbers.append((current, plain_key, _NUMBERS[number][0], tensors[full]))
+                numbers.append((current, key, tensors[full]))
                 continue
-            like = (probe or {}).get(key)
-            if not isinstance(current.get(key), torch.Tensor) or tuple(current[key].shape) != shape:
-                current[key] = _allocate(param, group, like, full, shape, dtype)
+            if not isinstance(current.get(key), torch.Tensor) or tuple(current[key].shape) != kind[0]:
+                current[key] = _allocate(param, group, (probes[like] or {}).get(key), full, *kind)
             tensors[full] = current[key]
 
     def finish() -> None:
-        for current, key, kind, value in numbers:
-            current[key] = None if kind is type(None) else kind(value.item())
+        for current, key, value in numbers:
+            plain, _, number = key.partition("#")
+            current[plain] = None if number == "NoneType" else _NUMBERS[number][0](value.item())
 
     return tensors, finish
 
@@ -132,7 +132,7 @@ def _probe(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: torch
     try:
         twin = type(optimizer)([tiny], **{key: value for key, value in group.items() if key in known and key != "params"})
         twin.step()
-    except Exception:
+    except Exception:  # whatever a class of somebody else's objects to: then the checkpoint alone says which states there are
         return None
     return dict(twin.state.get(tiny, {}))
 
