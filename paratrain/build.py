@@ -103,6 +103,11 @@ def loss_fn(cfg: Config) -> Callable[[Any, Any], Any]:
     return partial(found, **_arguments(cfg.loss, "loss"))
 
 
+def callbacks(cfg: Config) -> list[Any]:
+    """The callbacks of `cfg`, in its order."""
+    return [instantiate(target, f"callbacks.{name}") for name, target in cfg.callbacks.items()]
+
+
 def check_targets(cfg: Config) -> list[Fault]:
     """What is wrong with the dotted paths of `cfg` and the arguments they are given; imports what they name."""
     faults = list(_optimizer_faults(cfg))

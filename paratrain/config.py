@@ -9,6 +9,7 @@ combination. Each key is documented here, where it is defined; `--help` prints t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ def key(default: Any, doc: str, *, minimum: float | None = None, alias: str | No
     metadata = {"doc": doc, "minimum": minimum, "alias": alias, "rest": rest}
     if default is REQUIRED:
         return field(metadata=metadata)
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

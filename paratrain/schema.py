@@ -258,7 +258,7 @@ def _section(cls: type, value: Any, key: str, faults: list[Fault], others: Mappi
 
 def _tagged(field: dataclasses.Field, value: Any) -> Any:
     """A section that does not say which of a union it is, is the default one."""
-    default: Any = field.default
+    default: Any = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
     marker = tag(type(default)) if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
     return {marker[0]: marker[1], **value} if marker and isinstance(value, Mapping) else value
 

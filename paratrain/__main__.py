@@ -1,0 +1,94 @@
+"""`python -m paratrain VERB ...`. Exit code 0: good; 1: a fault was found; 2: the user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from paratrain.errors import UserError
+from paratrain.suggest import did_you_mean
+
+
+def _train(arguments: list[str]) -> int:
+    """train what the configuration describes; for several processes: torchrun --nproc_per_node=N -m paratrain.train"""
+    from paratrain.train import train
+
+    sys.argv = ["paratrain train", *arguments]
+    train()
+    return 0
+
+
+def _launch(arguments: list[str]) -> int:
+    """torchrun, where a mistake ends with its message and exit code 2: launch --nproc_per_node=2 -m paratrain.train ..."""
+    from paratrain.launch import launch
+
+    return launch(arguments)
+
+
+def _sweep(arguments: list[str]) -> int:
+    """a job for every combination: sweep --nproc_per_node=2 -m paratrain.train optimizer.lr=1e-3,3e-3"""
+    from paratrain.launch import sweep
+
+    return sweep(arguments)
+
+
+def _config(arguments: list[str]) -> int:
+    """print the checked configuration that overrides give, defaults included"""
+    parser = argparse.ArgumentParser(prog="paratrain config", description=_config.__doc__)
+    parser.add_argument("overrides", nargs="*", help="group=choice, key=value")
+    parser.add_argument("--config-dir", help="a directory of your own configuration")
+    parser.add_argument("--config-name", default="paratrain", help="root file in it")
+    asked = parser.parse_intermixed_args(arguments)
+    import yaml
+
+    from paratrain._hydra import load_config
+    from paratrain.schema import to_dict
+
+    print(yaml.safe_dump(to_dict(load_config(asked.overrides, asked.config_name, asked.config_dir)), sort_keys=False), end="")
+    return 0
+
+
+def _env(arguments: list[str]) -> int:
+    """versions, devices and settings, for a bug report"""
+    from paratrain.metrics import env
+
+    argparse.ArgumentParser(prog="paratrain env", description=_env.__doc__).parse_args(arguments)
+    print(env.text())
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    """is the layout the same function as one process? verify strategy=ddp verify.ranks=4 ... (exit code 1: it is not)"""
+    from paratrain.verify.cli import verify_main
+
+    return verify_main(arguments)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": _train, "launch": _launch, "sweep": _sweep, "verify": _verify, "config": _config, "env": _env}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        print("usage: python -m paratrain VERB ...\n")
+        for name, function in VERBS.items():
+            print(f"  {name:8}{function.__doc__}")
+        print("\npython -m paratrain VERB --help says more")
+        return 0
+    if verb not in VERBS:
+        print(f"error: there is no verb {verb!r}{did_you_mean(verb, VERBS)} (verbs: {', '.join(VERBS)})", file=sys.stderr)
+        return 2
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the console script, unlike `python -m`, does not look for the user's modules here
+    try:
+        return VERBS[verb](rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
