@@ -159,7 +159,8 @@ class Failing(Numbers):
         return super().__getitem__(index)
 
 
-def test_a_killed_worker_is_named():
+@pytest.mark.parametrize("_attempt", range(5))  # DataLoader notices in several ways
+def test_a_killed_worker_is_named(_attempt):
     with pytest.raises(RuntimeError, match=r"worker \(pid\(?s?\)? ?\d+\).*(killed by signal: Killed|exited unexpectedly)"):
         list(loader(Killed(8), Order(8, 1, shuffle=False), 0, 0, 1, workers=1, stop_step=8))
 

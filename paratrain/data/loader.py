@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -66,7 +68,10 @@ def loader(
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # or DataLoader draws from the generator of this process
     )
-    return _local_batches(iter(batches), order, start_step, rank, ranks)
+    others = set(multiprocessing.active_children())
+    iterator = iter(batches)
+    processes = set(multiprocessing.active_children()) - others
+    return _local_batches(iterator, processes, order, start_step, rank, ranks)
 
 
 def map_style(dataset: Any, name: str = "the data set") -> Any:
@@ -94,7 +99,9 @@ def _part(order: Order, step: int, rank: int, ranks: int) -> tuple[int, list[int
     return order.epoch(step), batch[first:stop] or batch[:1]
 
 
-def _local_batches(batches: Iterable, order: Order, start_step: int, rank: int, ranks: int) -> Iterator[tuple[int, LocalBatch]]:
+def _local_batches(
+    batches: Iterable, processes: Iterable[BaseProcess], order: Order, start_step: int, rank: int, ranks: int
+) -> Iterator[tuple[int, LocalBatch]]:
     batch: Any = None
     try:
         for step, batch in enumerate(batches, start_step):
@@ -104,6 +111,14 @@ def _local_batches(batches: Iterable, order: Order, start_step: int, rank: int, 
             first, stop = span(size, rank, ranks)
             inputs, targets = (tuple(part) if isinstance(part, list) else part for part in batch)  # default_collate makes tuples lists
             yield step, LocalBatch(inputs, targets, size, real=stop - first, largest=-(-size // ranks))
+    except (ConnectionError, EOFError) as error:  # what DataLoader notices first of a worker that dies as it hands over a batch
+        for process in processes:
+            process.join(0.1)
+            if process.exitcode is not None:
+                raise RuntimeError(
+                    f"DataLoader worker (pid {process.pid}) exited unexpectedly, with exit code {process.exitcode}"
+                ) from error
+        raise
     finally:
         batches = batch = None  # type: ignore[assignment]  # the traceback of an error keeps this frame, and would keep the workers
 
