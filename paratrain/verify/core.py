@@ -1,0 +1,286 @@
+"""`verify`: is this layout, for this model, the same function as one process?"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paratrain import spawn
+from paratrain.config import Config
+from paratrain.errors import UserError
+from paratrain.precision import POLICIES
+from paratrain.verify import explain, life, run
+from paratrain.verify.compare import Comparison, Difference, compare
+from paratrain.verify.record import Key, Trace
+from paratrain.verify.report import Report
+from paratrain.verify.run import Failure, Job
+
+
+def verify(
+    model_fn: Callable[[], nn.Module] | nn.Module,
+    loss_fn: Callable[[Any, Any], Any],
+    batch: Any,
+    cfg: Config,
+    ranks: int | None = None,
+) -> Report:
+    """Train a few steps on one process and under `cfg`'s layout on local CPU processes, and compare everything.
+
+    Compared are, in the order of execution: which samples reach which rank, what every module returns, the count, the loss, every
+    gradient before and after clipping, the gradient norm, every weight, buffer and optimizer state. Dropout is switched off for that,
+    since its masks differ between layouts by right, and then looked at by itself: other masks on ranks with other samples, the same
+    again in recomputation and after a resume. Last, the step after saving and resuming must be, bit for bit, the step without.
+
+    Args:
+        model_fn, loss_fn: as for `setup`; sent to the processes by `cloudpickle`.
+        batch: a global batch (inputs, targets) with samples along dim 0; a list of them, taken in turn; a map-style data set, read
+            through the loader with `cfg.data`; or a callable that returns one of these, called in each process.
+        cfg: of the layout. `cfg.verify` says how many steps and ranks and in which dtype; `verify.dtype=float64` replaces the precision.
+        ranks: processes; None: `cfg.verify.ranks`.
+
+    Returns:
+        A `Report`: `ok`, `first_difference`, `explanation`, `text()`, `to_json()`, `to_html()`.
+
+    Raises:
+        UserError: the model, batch or configuration cannot be run, on one process or under the layout.
+    """
+    began = time.monotonic()
+    options = cfg.verify
+    if options.layers is not None:
+        raise UserError(
+            f"verify.layers={options.layers} cuts the depth of a model that the configuration builds (python -m paratrain verify ...); "
+            "here model_fn decides: let it build fewer layers"
+        )
+    cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, device="cpu"))
+    if options.dtype == "float64":
+        cfg = run.exact(cfg)
+    ranks = options.ranks if ranks is None else ranks
+    batches = [batch] if isinstance(batch, tuple) else batch
+    job = Job(model_fn, loss_fn, batches, cfg, options.steps, ranks)
+    timeout = 60 * options.timeout_minutes
+    reference, noise = spawn.run(_on_one, 2, job, timeout=timeout, init=False)
+    _raise_failures([reference, noise], "on one process")
+    traces = _layout(run.layout, job, timeout)
+    setup = _describe(job, options.dtype)
+    if isinstance(traces, Report):
+        return dataclasses.replace(traces, setup=setup, seconds=time.monotonic() - began)
+    policy = POLICIES[cfg.precision.name]
+    result = compare(reference, noise, traces, policy.autocast_dtype or policy.param_dtype)
+    notes = _notes(result, reference)
+    differences, explanation = result.differences, ""
+    if differences:
+        explanation = _explain(job, differences[0], reference, traces, timeout)
+    else:
+        found = _life(job, result, timeout)
+        if isinstance(found, Report):
+            return dataclasses.replace(found, setup=setup, seconds=time.monotonic() - began)
+        differences = [difference for difference, _ in found]
+        explanation = str(found[0][1]) if found else ""
+    first = differences[0] if differences else None
+    return Report(first, explanation, differences, list(result.lines.values()), setup, notes, time.monotonic() - began)
+
+
+def check(
+    model_fn: Callable[[], nn.Module] | nn.Module,
+    loss_fn: Callable[[Any, Any], Any],
+    batch: Any,
+    config: Config,
+    ranks: int | None = None,
+) -> Report:
+    """`verify` for tests.
+
+    Raises:
+        AssertionError: the layout is not the same function; its message is the report.
+        UserError: as `verify`.
+    """
+    report = verify(model_fn, loss_fn, batch, config, ranks)
+    if not report.ok:
+        raise AssertionError(report.text())
+    return report
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def _on_one(job: Job) -> Any:
+    """Two independent single processes side by side: rank 0 the reference, rank 1 with permuted samples."""
+    import os
+
+    return run.guarded(run.reference, job, os.environ["RANK"] == "1")
+
+
+def _layout(body: Callable[..., Trace], job: Job, timeout: float, *args: Any) -> list[Trace] | Report:
+    """What every rank recorded, or a report of those that failed."""
+    try:
+        traces = spawn.run(run.guarded, job.ranks, body, job, *args, timeout=timeout)
+    except spawn.RankError as error:
+        failed, text = list(error.failures), str(error)
+        hung = any("hung" in why for why in error.failures.values())
+    else:
+        failures = {rank: trace for rank, trace in enumerate(traces) if isinstance(trace, Failure)}
+        for failure in failures.values():
+            if failure.users:
+                raise UserError(failure.text)
+        if not failures:
+            return traces
+        failed, hung = list(failures), False
+        text = "\n\n".join(f"--- rank {rank}: {failure.text}" for rank, failure in failures.items())
+    error_kind = "hang" if hung else "exception"
+    cause = (
+        "ranks that do not call the same collectives in the same order"
+        if hung
+        else "what one process can do, the layout cannot: see the last line of the traceback"
+    )
+    difference = Difference(Key(0, "execution", body.__name__), failed, 1.0, 0.0, error=error_kind, detail=text.rstrip().splitlines()[-1])
+    return Report(difference, f"Ranks {failed} failed where one process did not. Usual cause: {cause}.\n{text}", [difference], [], {})
+
+
+def _raise_failures(traces: Sequence[Any], where: str) -> None:
+    for trace in traces:
+        if isinstance(trace, Failure):
+            if trace.users:
+                raise UserError(trace.text)
+            raise UserError(f"the model does not train {where}, before any layout is applied:\n{trace.text}")
+
+
+def _life(job: Job, result: Comparison, timeout: float) -> list[life.Finding] | Report:
+    directory = tempfile.mkdtemp(prefix="paratrain-verify-")
+    try:
+        traces = _layout(run.life, job, timeout, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return traces if isinstance(traces, Report) else life.findings(traces, result)
+
+
+# ---------------------------------------------------------------------- the first difference
+
+
+def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float) -> str:
+    """Run again, keep the first tensor that differs, and say what happened to it."""
+    found: explain.Explanation
+    if first.error == "missing":
+        found = explain.missing(first.key, first.ranks)
+    elif first.error == "shape":
+        found = explain.shape(first.key, first.detail)
+    elif first.key.kind == "data":
+        found = _explain_data(first)
+    else:
+        evidence = _evidence(job, first, reference, traces, timeout)
+        first.largest = max(
+            (float((evidence.y[rank] - evidence.expected(rank)).abs().max()) for rank in first.ranks if evidence.y[rank].numel()), default=0.0
+        )
+        found = explain.explain(evidence)
+    first.error = found.error
+    return str(found)
+
+
+def _explain_data(first: Difference) -> explain.Explanation:
+    if first.error == "permuted rows":
+        return explain.Explanation("permuted rows", first.detail, "samples dealt to other ranks than the layout says", "engine.local, data")
+    return explain.Explanation(
+        first.error or "wrong samples",
+        first.detail,
+        "every rank reads the data by itself, or with the rank of another axis: a sampler that does not know the data ranks",
+        "engine.local or the loader, with the rank among the data ranks (engine.mesh.data)",
+    )
+
+
+def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float) -> explain.Evidence:
+    key = first.key
+    before = _before(key)
+    zoom = frozenset({key, before}) if before is not None else frozenset({key})
+    # the key itself comes first, because the reference takes apart the step of the first one
+    (single,) = spawn.run(run.reference, 1, job, False, _Ordered((key, *(zoom - {key}))), timeout=timeout, init=False)
+    layouts = spawn.run(run.layout, job.ranks, job, frozenset({key}), timeout=timeout)
+    x = single.full[key].double()
+    ys = {rank: trace.full[key].double() for rank, trace in enumerate(layouts) if key in trace.full}
+    rows: dict[int, Tensor] = {}
+    if reference.events[key].per_sample:
+        per_sample = reference.events[key].per_sample
+        start = dict.fromkeys({trace.place[1] for trace in traces}, 0)
+        for rank in sorted(range(len(traces)), key=lambda rank: traces[rank].place):
+            group, count = traces[rank].place[1], len(traces[rank].samples[key.step]) * per_sample
+            rows[rank] = x[start[group] : start[group] + count]
+            start[group] += count
+    solo = single.extra.get("solo")
+    numbers = {
+        name: float(single.events[Key(key.step, name, "")].value)
+        for name in ("loss scale", "gradient norm", "learning rate")
+        if Key(key.step, name, "") in single.events
+    }
+    numbers["samples"] = float(len(reference.samples.get(key.step, ())))
+    return explain.Evidence(
+        key=key,
+        x=x,
+        y=ys,
+        wrong=first.ranks,
+        tolerance=first.tolerance * max(float(x.norm()), 1e-300),
+        ranks=len({trace.place[0] for trace in traces}),
+        cfg=job.cfg,
+        rows=rows,
+        before=single.full[before].double() if before in single.full else None,
+        solo=None if isinstance(solo, str) else solo,
+        numbers=numbers,
+    )
+
+
+class _Ordered(frozenset):
+    """A set of keys that is iterated in the order given."""
+
+    def __new__(cls, keys: Sequence[Key]) -> _Ordered:
+        made = super().__new__(cls, keys)
+        made.keys = tuple(keys)
+        return made
+
+    def __iter__(self):
+        return iter(self.keys)
+
+    def __reduce__(self):
+        return type(self), (self.keys,)
+
+
+def _before(key: Key) -> Key | None:
+    if key.step > 0:
+        return key._replace(step=key.step - 1)
+    if key.step == 0 and key.kind in ("weight", "buffer"):
+        return Key(-1, f"initial {key.kind}", key.name)
+    return None
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _describe(job: Job, dtype: str) -> dict[str, Any]:
+    cfg = job.cfg
+    degrees = [f"{name}={value}" for name, value in vars(cfg.parallel).items() if value not in (None, 1)]
+    layout = " ".join([f"strategy={cfg.strategy.name}", *degrees, f"on {job.ranks} ranks"])
+    return {
+        "layout": layout,
+        "ranks": job.ranks,
+        "strategy": cfg.strategy.name,
+        "micro_batch_size": cfg.data.micro_batch_size,
+        "steps": job.steps,
+        "dtype": "float64" if dtype == "float64" else cfg.precision.name,
+        "torch": torch.__version__,
+    }
+
+
+def _notes(result: Comparison, reference: Trace) -> list[str]:
+    notes = []
+    if result.skipped:
+        names = list(dict.fromkeys(result.skipped))
+        notes.append(
+            f"{len(names)} outputs are not compared, because their dim 0 does not count samples: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        )
+    if reference.extra.get("random"):
+        notes.append(
+            "the model draws random numbers beside dropout, which differ between layouts by right: what depends on them is expected to differ; "
+            "make it a function of its input to compare the rest"
+        )
+    return notes

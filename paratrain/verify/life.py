@@ -1,0 +1,149 @@
+"""Dropout and resume: what is wrong with the randomness of a run, and with one that was saved and resumed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from paratrain.verify.compare import Comparison, Difference, Line, peers
+from paratrain.verify.explain import Explanation
+from paratrain.verify.record import Key, Trace
+
+Finding = tuple[Difference, Explanation]
+
+
+def findings(ranks: Sequence[Trace], result: Comparison) -> list[Finding]:
+    """What is wrong, in the order in which it would happen; `result` gets a line for everything that was looked at."""
+    found: list[Finding] = []
+    for check in (_masks, _recomputation, _loaded_data, _loaded_state, _next_step):
+        found += check(ranks, result)
+    return found
+
+
+def _masks(ranks: Sequence[Trace], result: Comparison) -> Iterator[Finding]:
+    """Ranks with other samples draw from another state of the generator, ranks with the same samples from the same."""
+    line = result.lines["dropout"] = Line("dropout")
+    for key in sorted({key for trace in ranks for key in trace.draws}):
+        states = {rank: trace.draws[key] for rank, trace in enumerate(ranks) if key in trace.draws}
+        line.compared += 1
+        for members in peers(ranks):
+            held = [states[rank] for rank in members if rank in states]
+            if len(held) > 1 and len(set(held)) < len(held):
+                same = [rank for rank in members if rank in states and held.count(states[rank]) > 1]
+                line.differ += 1
+                yield (
+                    Difference(Key(key[0], "dropout", key[2]), same, 1.0, 0.0, error="same dropout", detail=f"micro-batch {key[1]}"),
+                    Explanation(
+                        "same dropout",
+                        "ranks with different samples draw the same random numbers there, so that their dropout masks are the same",
+                        "the generator is seeded without the data rank, or the model seeds it itself",
+                        "torch.manual_seed inside the model or the loss; leave seeding to cfg.seed",
+                    ),
+                )
+                return
+
+
+def _recomputation(ranks: Sequence[Trace], result: Comparison) -> Iterator[Finding]:
+    """What is computed again in backward starts from the state of the generator it had in forward."""
+    line = result.lines["recomputation"] = Line("recomputation")
+    for rank, trace in enumerate(ranks):
+        drawn: dict[tuple[int, str], set[str]] = defaultdict(set)
+        for (step, _, path, _), digest in trace.draws.items():
+            drawn[step, path].add(digest)
+        for step, path, digest in trace.replays:
+            if (step, path) in drawn:
+                line.compared += 1
+                if digest not in drawn[step, path]:
+                    line.differ += 1
+                    yield (
+                        Difference(Key(step, "recomputation", path), [rank], 1.0, 0.0, error="recomputation"),
+                        Explanation(
+                            "recomputation",
+                            "computed again in backward, it draws other random numbers than in forward: the gradient is that of another dropout mask",
+                            "activation checkpointing with preserve_rng_state=False",
+                            "torch.utils.checkpoint(..., preserve_rng_state=True)",
+                        ),
+                    )
+                    return
+
+
+def _loaded_data(ranks: Sequence[Trace], result: Comparison) -> Iterator[Finding]:
+    line = result.lines["resume: data"] = Line("resume: data", compared=len(ranks))
+    for rank, trace in enumerate(ranks):
+        expected = trace.samples.get(trace.extra["saved step"])
+        got = next(iter(trace.extra["resumed samples"].values()), None)
+        if got != expected or trace.extra["resumed step"] != trace.extra["saved step"]:
+            line.differ += 1
+            earlier = [step for step, samples in trace.samples.items() if samples == got and step != trace.extra["saved step"]]
+            seen = f", which are those of step {earlier[0]}" if earlier else ""
+            yield (
+                Difference(Key(trace.extra["saved step"], "data after resume", ""), [rank], 1.0, 0.0, error="data after resume"),
+                Explanation(
+                    "data after resume",
+                    f"saved after {trace.extra['saved step']} steps, it goes on at step {trace.extra['resumed step']} and sees "
+                    f"{'the same' if got == expected else 'other'} samples{seen}",
+                    "the position in the data is not part of what is saved, or the loader starts from the beginning: data is repeated or lost",
+                    "engine.global_step after engine.load; resume",
+                ),
+            )
+            return
+
+
+def _loaded_state(ranks: Sequence[Trace], result: Comparison) -> Iterator[Finding]:
+    line = result.lines["resume: state"] = Line("resume: state")
+    for rank, trace in enumerate(ranks):
+        saved, loaded = trace.extra["saved"], trace.extra["loaded"]
+        line.compared += len(saved)
+        wrong = [name for name in saved if loaded.get(name) != saved[name]]
+        line.differ += len(wrong)
+        if wrong:
+            kind = next(kind for kind in ("optimizer state", "weight", "buffer") if wrong[0].startswith(kind))
+            absent = sum(name not in loaded for name in wrong)
+            yield (
+                Difference(Key(trace.extra["saved step"], f"{kind} after resume", wrong[0].removeprefix(f"{kind} ")), [rank], 1.0, 0.0, error="stale state"),
+                Explanation(
+                    "stale state",
+                    f"{len(wrong)} of {len(saved)} tensors are not what was saved{f', {absent} of them are not there at all' if absent else ''}; first: {wrong[0]}",
+                    f"the {kind} is not restored: it starts afresh, or from an older checkpoint",
+                    "resume; engine.load must come after setup and before the first step",
+                ),
+            )
+            return
+
+
+def _next_step(ranks: Sequence[Trace], result: Comparison) -> Iterator[Finding]:
+    """The step after a resume is, bit for bit, the step of the run that went on."""
+    line = result.lines["resume: next step"] = Line("resume: next step")
+    for rank, trace in enumerate(ranks):
+        step, after, resumed = trace.extra["saved step"], trace.extra["after"], trace.extra["resumed"]
+        draws = {key: digest for key, digest in trace.draws.items() if key[0] == step}
+        other = trace.extra["resumed draws"]
+        line.compared += len(after) + len(draws)
+        moved = [key for key in draws if other.get(key) != draws[key]]
+        if moved:
+            line.differ += len(moved)
+            yield (
+                Difference(Key(step, "dropout after resume", moved[0][2]), [rank], 1.0, 0.0, error="randomness after resume"),
+                Explanation(
+                    "randomness after resume",
+                    "the first step after a resume draws other random numbers than the run that went on",
+                    "the state of the generator is neither saved nor a function of the step",
+                    "seed; torch.manual_seed inside the model",
+                ),
+            )
+            return
+        wrong = [name for name in after if resumed.get(name) != after[name]]
+        line.differ += len(wrong)
+        if wrong:
+            kinds = Counter(name.partition(" ")[0] for name in wrong)
+            yield (
+                Difference(Key(step, "step after resume", wrong[0]), [rank], 1.0, 0.0, error="stale state"),
+                Explanation(
+                    "stale state",
+                    f"everything that was saved is restored, but the next step differs in {len(wrong)} of {len(after)} tensors "
+                    f"({', '.join(f'{n} {kind}s' for kind, n in kinds.items())}; loss {trace.extra['resumed loss']:.10g}, without resume {trace.extra['loss']:.10g})",
+                    "state outside the checkpoint: attributes of the model or loss that are no buffers, a schedule or a loss scale with a position of its own",
+                    "register_buffer for what must be kept; scheduler",
+                ),
+            )
+            return
