@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import nn
 
-from paratrain import distributed, layout, mesh, optim, rng
+from paratrain import distributed, layout, mesh, optim
 from paratrain.config import Config
 from paratrain.engine import Engine
-from paratrain.errors import UserError
 from paratrain.loss import Loss
-from paratrain.precision import convert_module
+from paratrain.parallel import materialise
 
 
 def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Config) -> Engine:
@@ -40,18 +38,6 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
     axes = mesh.build(cfg, device.type)
-    model = convert_module(_build(model_fn, cfg.seed, device), cfg.precision.name)
-    laid_out = layout.apply(model, axes, cfg, device)
+    planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg))
+    laid_out = layout.apply(planned, axes, cfg, device)
     return Engine(laid_out, loss_fn, optim.build(cfg.optimizer, laid_out.model), axes, cfg, device)
-
-
-def _build(model_fn: Any, seed: int, device: torch.device) -> nn.Module:
-    if isinstance(model_fn, nn.Module):
-        model = model_fn
-    else:
-        with rng.preserved(device):
-            torch.manual_seed(seed)
-            model = model_fn()
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model_fn must be an nn.Module or a callable that returns one, got {type(model).__name__}")
-    return model if model.training else model.train()  # a pretrained model often arrives in evaluation mode

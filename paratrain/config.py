@@ -75,6 +75,84 @@ class DDP:
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """What the strategies that shard have in common; all of them are torch's `fully_shard` (FSDP2), block by block.
+
+    Divided by the shard ranks, per rank: zero1 optimizer states; zero2 gradients too; zero3, fsdp and hsdp weights too. With zero1 and
+    zero2 the weights of a block are gathered when it first runs in a step and kept until its last backward, where zero3 gathers them
+    for each forward and each backward. Between steps weights are sharded under all of them.
+    """
+
+    reshard_after_forward: bool | int = key(
+        True, "free a block's gathered weights after its forward; a number: keep them sharded over that many neighbouring ranks"
+    )
+    reduce_each_micro_batch: bool = key(
+        True, "reduce gradients in every micro-batch, so that they stay sharded; false: once a step, with whole gradients until then"
+    )
+    param_dtype: Literal["master", "compute"] = key(
+        "master", "gather weights as they are stored, or in the compute dtype of bf16-mixed and 16-mixed: half the traffic, rounded weights"
+    )
+
+
+@dataclass(frozen=True)
+class FSDP(Sharded):
+    """Weights, gradients and optimizer states sharded over all data ranks."""
+
+    name: Literal["fsdp"] = key("fsdp", "fully sharded data parallelism")
+
+
+@dataclass(frozen=True)
+class HSDP(Sharded):
+    """Sharded inside groups of ranks (by default, a node), replicated between them."""
+
+    name: Literal["hsdp"] = key("hsdp", "hybrid sharded data parallelism: dp_replicate x dp_shard")
+
+
+@dataclass(frozen=True)
+class Zero1(Sharded):
+    """Optimizer states sharded; gradients whole until the last micro-batch, weights whole from first use to last (Rajbhandari et al., 2020)."""
+
+    name: Literal["zero1"] = key("zero1", "optimizer states sharded")
+    reshard_after_forward: Literal[False] = key(False, "zero1 keeps gathered weights for the step; to free them write strategy=zero3")
+    reduce_each_micro_batch: Literal[False] = key(False, "zero1 keeps whole gradients for the step; to shard them write strategy=zero2")
+
+
+@dataclass(frozen=True)
+class Zero2(Sharded):
+    """Optimizer states and gradients sharded; weights whole from first use in a step to last."""
+
+    name: Literal["zero2"] = key("zero2", "optimizer states and gradients sharded")
+    reshard_after_forward: Literal[False] = key(False, "zero2 keeps gathered weights for the step; to free them write strategy=zero3")
+
+
+@dataclass(frozen=True)
+class Zero3(Sharded):
+    """Weights, gradients and optimizer states sharded: another name for fsdp."""
+
+    name: Literal["zero3"] = key("zero3", "weights, gradients and optimizer states sharded")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is traded for memory, and how the first weights get where they belong."""
+
+    blocks: list[str] | None = key(
+        None, "globs on module or class names: the units that are sharded, recomputed and compiled; null: found from the structure"
+    )
+    recompute: Literal["none", "full", "selective"] = key(
+        "none", "recompute activations in backward: of whole blocks, or (selective) all but the results of matrix products and attention"
+    )
+    recompute_every: int = key(1, "recompute every k-th block", minimum=1)
+    offload: Literal["none", "params"] = key("none", "params: keep shards of weights, gradients and optimizer states in host memory")
+    init: Literal["constructor", "meta"] = key(
+        "constructor",
+        "constructor: values that model_fn gives in one process, sent shard by shard; meta: no rank ever holds the model, and each module "
+        "draws its values in reset_parameters or _init_weights, seeded by (seed, module name)",
+    )
+    pretrained: str | None = key(None, "weights to start from: a .safetensors file, or a directory with one or with an index of several")
+
+
+@dataclass(frozen=True)
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al., 2018)."""
 
@@ -247,7 +325,9 @@ class Config:
     resume: str = key("auto", "auto: from the newest checkpoint in the output directory, if any; none; or a checkpoint's path")
     output_dir: str | None = key(None, "where the job writes; from the command line it is hydra.run.dir; null in Python: runs/<time>")
     parallel: Parallel = key(Parallel(), "degrees of parallelism")
-    strategy: Single | DDP = key(DDP(), "how the data-parallel axes are used")
+    strategy: Single | DDP | Zero1 | Zero2 | Zero3 | FSDP | HSDP = key(DDP(), "how the data-parallel axes are used")
+    memory: Memory = key(Memory(), "what is traded for memory")
+    compile: bool | str = key(False, "compile each block: true for inductor, or the name of a torch.compile backend")
     precision: Precision = key(Precision(), "dtypes and loss scaling")
     model: Target | None = key(None, "`_target_` and arguments of the model")
     loss: Target | None = key(None, "`_target_` of loss_fn(outputs, targets) -> (sum, count) or a mean")
@@ -325,7 +405,7 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
             reason = f"{degree}, but strategy=single is one process; write strategy=ddp or parallel.{axis}=1"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)
         elif degree not in (None, 1) and axis == "dp_shard" and isinstance(strategy, DDP):
-            reason = f"{degree}, but strategy=ddp shards nothing; write parallel.dp_replicate={degree} instead"
+            reason = f"{degree}, but strategy=ddp shards nothing; write parallel.dp_replicate={degree}, or strategy=fsdp"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)
     if isinstance(strategy, DDP) and strategy.comm_hook != "powersgd":
         for name in ("powersgd_rank", "powersgd_start_step"):
@@ -347,6 +427,14 @@ def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     if not 0 < scale.backoff_factor < 1:
         reason = f"must be between 0 and 1, to shrink the scale after an overflow; got {scale.backoff_factor:g}"
         yield Fault("precision.loss_scale.backoff_factor", reason), ()
+    if cfg.memory.offload != "none" and not isinstance(strategy, Sharded):
+        reason = f"{cfg.memory.offload}, but strategy={strategy.name} keeps whole weights on the device; write strategy=fsdp, or memory.offload=none"
+        yield Fault("memory.offload", reason), ("strategy",)
+    if cfg.memory.recompute_every > 1 and cfg.memory.recompute == "none":
+        yield Fault("memory.recompute_every", "nothing is recomputed; write memory.recompute=full"), ("memory.recompute",)
+    if isinstance(strategy, Sharded) and strategy.param_dtype == "compute" and cfg.precision.name not in ("bf16-mixed", "16-mixed"):
+        reason = f"compute, but under precision.name={cfg.precision.name} weights are stored in the compute dtype; leave it out"
+        yield Fault("strategy.param_dtype", reason), ("precision.name",)
     if not scale.min <= scale.init <= scale.max:
         reason = f"must lie between min={scale.min:g} and max={scale.max:g}; got {scale.init:g}"
         yield Fault("precision.loss_scale.init", reason), ("precision.loss_scale.min", "precision.loss_scale.max")

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from paratrain import batch as batches
-from paratrain import rng
+from paratrain import gradients, rng
 from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
@@ -158,6 +159,7 @@ class Engine:
         finally:
             for module, mode in modes:
                 module.training = mode
+            self._layout.settle()
         return StepResult(self._sum_over_ranks(window), math.nan, self.lr, self.scaler.scale, False)
 
     # ------------------------------------------------------------------ steps in the user's hands
@@ -194,13 +196,14 @@ class Engine:
             raise UserError("no gradients yet: call engine.backward(loss) before clipping")
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
-        totals = self._sum_over_ranks((*self._window, *self._votes))
+        self._layout.reduce(self._params)
+        totals = self._sum_totals()
         grads = [param.grad for param in self._params if param.grad is not None]
         factor = self._unit / self.scaler.scale / _at_least(totals[1], _TINY)
-        norm = self._scalar(torch.nn.utils.get_total_norm(grads)) * factor
+        norm = self._scalar(gradients.total_norm(grads, self.device)) * factor
         if max_norm is not None:
             factor = factor * _at_most(max_norm / (norm + 1e-6), 1.0)
-        torch._foreach_mul_(grads, factor)
+        gradients.scale(grads, factor)
         self._reduced = (totals, norm)
         return norm
 
@@ -244,8 +247,14 @@ class Engine:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
-        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items() if isinstance(value, torch.Tensor)}
-        return state if self.is_main_process else {}
+        self._layout.settle()
+        state = {}
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: never all of them on the device
+                if self.is_main_process:
+                    state[name] = whole.detach().cpu().clone()
+        return state
 
     def counters(self) -> dict[str, Any]:
         """Every number that a resume needs beside tensors: positions, the loss scale, and the unit that gradients are scaled by."""
@@ -368,6 +377,22 @@ class Engine:
         factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
         for optimizer, rates in zip(self.optimizers, self._base_lrs, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    def _sum_totals(self) -> list[Scalar]:
+        """Sum, count and votes of this step over the data ranks; a parameter that no rank used has no gradient afterwards.
+
+        Where gradients are sharded, one that some ranks did not use is reduced with zeros from them, so only the ranks together know.
+        """
+        assert self._window is not None
+        own, used = (*self._window, *self._votes), self._layout.used
+        if used is None:
+            return self._sum_over_ranks(own)
+        totals = self._sum_over_ranks((*own, *(float(param in used) for param in self._params)))
+        for param, users in zip(self._params, totals[len(own) :], strict=True):
+            if param not in used and not float(users):
+                param.grad = None
+        used.clear()
+        return totals[: len(own)]
+
                 group["lr"] = rate * factor
 
     def _check_finite(self, result: StepResult) -> None:

@@ -2,21 +2,22 @@
 
 pipeline split -> tensor / sequence / expert / context placement -> activation checkpointing -> compile per block
 -> data-parallel wrap (replicate / shard) -> materialise and initialise. A transform that does not exist yet has no line here;
-its configuration keys are refused (`config.check`).
+its configuration keys are refused (`config.check`). DistributedDataParallel alone wants to see the values first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from paratrain.config import Config
+from paratrain.config import Config, Sharded
 from paratrain.mesh import Mesh
-from paratrain.parallel import batch_norm, ddp
+from paratrain.parallel import batch_norm, blocks, compile, ddp, materialise, recompute
+from paratrain.parallel.shard import shard
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,43 @@ class Layout:
 
     Attributes:
         model: the user's module, under the user's own names.
-        run: what computes its forward in training, collectives included.
-        no_sync: context in which a backward keeps its gradients on this rank.
+        run: what computes its forward, collectives included.
+        no_sync: context for the forward and backward of every micro-batch but the last.
         average: factor by which gradients come out of the reduction too small, because it divides by the ranks.
+        settle: makes the model its shards again after a forward that no backward follows.
+        reduce: averages, once before the update, the gradients that backward does not.
+        used: parameters that got a gradient from this rank since they were last cleared; None where gradients say so themselves.
     """
 
     model: nn.Module
     run: Callable
     no_sync: Callable[[], AbstractContextManager] = nullcontext
     average: int = 1
+    settle: Callable[[], None] = lambda: None
+    reduce: Callable[[Sequence[torch.Tensor]], None] = lambda params: None
+    used: set[torch.Tensor] | None = field(default=None)
 
 
-def apply(model: nn.Module, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:
-    """Lay `model` out over `mesh`, in place."""
-    model = model.to(device)
+def is_sharded(mesh: Mesh, cfg: Config) -> bool:
+    """Whether ranks hold parts of the weights. One rank alone has nothing to share, but may offload."""
+    return isinstance(cfg.strategy, Sharded) and (mesh.data.size() > 1 or cfg.memory.offload != "none")
+
+
+def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:
+    """Lay a planned model out over `mesh`, in place, and give it its values."""
+    model, ranks = planned.model, mesh.data.size()
     batch_norm.refuse_accumulation(model, mesh, cfg)
-    if mesh.data.size() == 1:
+    units = blocks.find(model, cfg.memory.blocks)
+    if ranks > 1:
+        batch_norm.synchronise(model, mesh, cfg)
+    recompute.apply(units, cfg)
+    compile.apply(units, model, cfg)
+    if is_sharded(mesh, cfg):
+        sharded = shard(model, units, mesh, cfg)
+        materialise.fill(planned, cfg, device)
+        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used)
+    materialise.fill(planned, cfg, device)
+    if ranks == 1:
         return Layout(model, model)
-    batch_norm.synchronise(model, mesh, cfg)
     wrapped = ddp.replicate(model, mesh, cfg)
-    return Layout(model, wrapped, wrapped.no_sync, average=mesh.data.size())
+    return Layout(model, wrapped, wrapped.no_sync, ranks)

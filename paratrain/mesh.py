@@ -6,6 +6,7 @@ Every axis is always there. An axis of degree 1 has a group of one rank, so no c
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,9 @@ def degrees(cfg: Config, ranks: int) -> dict[str, int]:
         raise UserError(
             f"strategy=single runs one process, but {ranks} were started; write strategy=ddp, or start one process without torchrun"
         )
-    fills = "dp_replicate" if cfg.strategy.name in ("single", "ddp") else "dp_shard"
+    fills = "dp_replicate" if cfg.strategy.name in ("single", "ddp") or (cfg.strategy.name == "hsdp" and asked["dp_shard"]) else "dp_shard"
+    if cfg.strategy.name == "hsdp" and asked["dp_replicate"] is asked["dp_shard"] is None:
+        asked |= {"dp_replicate": -1, "dp_shard": math.gcd(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))}
     for axis in DATA:
         if asked[axis] is None:
             asked[axis] = -1 if axis == fills and -1 not in asked.values() else 1
@@ -64,10 +67,15 @@ class Mesh:
     Attributes:
         root: every axis of `AXES`, outermost first.
         data: dp_replicate x dp_shard flattened: the ranks that see different samples.
+        shard: what `fully_shard` shards over: dp_shard, or dp_replicate x dp_shard where there are replicas.
     """
 
     root: DeviceMesh
     data: DeviceMesh
+
+    @property
+    def shard(self) -> DeviceMesh:
+        return self.root[DATA] if self.root["dp_replicate"].size() > 1 else self.root["dp_shard"]
 
 
 def build(cfg: Config, device_type: str) -> Mesh:

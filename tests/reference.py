@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from paratrain.batch import call
 from paratrain.config import Config, Optimizer, Precision, SyntheticData, Trainer
 
 VOCAB, LENGTH, DIM = 17, 6, 12
@@ -73,7 +74,7 @@ def train_by_hand(model: nn.Module, batches, clip: float | None = 0.5, loss_fn=t
     )
     losses, norms = [], []
     for inputs, targets in batches:
-        total, count = loss_fn(model(inputs), targets)
+        total, count = loss_fn(call(model, inputs), targets)
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip is not None else float("inf"))
         optimizer.step()

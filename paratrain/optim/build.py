@@ -20,6 +20,7 @@ def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
 
     A parameter goes to the first of `options.groups` with a pattern that matches its name, else to the default group; in each
     group, norms, biases and vectors form a subgroup without decay, unless `no_decay=none` or the group sets its own weight_decay.
+    Parameters sharded over different meshes are in groups of their own.
 
     Raises:
         ConfigError: patterns that match nothing, arguments the class does not take, no trainable parameter.
@@ -37,13 +38,14 @@ def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
             for pattern in patterns
             if not any(fnmatchcase(name, pattern) for name in params)
         ]
-    grouped: dict[tuple[int | None, bool], list[str]] = {}
+    grouped: dict[tuple[int | None, bool, Any], list[str]] = {}
     for name in params:
         rule = next((i for i, (patterns, _) in enumerate(rules) if any(fnmatchcase(name, p) for p in patterns)), None)
         decays = name not in exempt or (rule is not None and "weight_decay" in rules[rule][1])
-        grouped.setdefault((rule, decays), []).append(name)
+        mesh = getattr(params[name], "device_mesh", None)  # one kernel cannot update a mix of meshes
+        grouped.setdefault((rule, decays, mesh), []).append(name)
     by_class: dict[str, list[dict[str, Any]]] = {}
-    for (rule, decays), names in grouped.items():
+    for (rule, decays, _), names in grouped.items():
         settings = {"_target_": options.target, **base, **(rules[rule][1] if rule is not None else {})}
         if not decays:
             settings["weight_decay"] = 0.0

@@ -1,0 +1,47 @@
+"""Gradients of plain and sharded parameters together: what of them is here, and their global norm."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """What this rank holds of each tensor, without empty parts; writing to it writes to the tensor."""
+    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return [part for part in parts if part.numel()]
+
+
+def scale(tensors: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
+    """Multiply every tensor by `factor` in place, wherever each is."""
+    by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    for part in local(tensors):
+        by_device[part.device].append(part)
+    for device, parts in by_device.items():
+        torch._foreach_mul_(parts, factor.to(device) if isinstance(factor, torch.Tensor) else factor)
+
+
+def total_norm(grads: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """2-norm over all gradients, each counted once whatever the mesh it is sharded over; equal on every rank. A 0-dim float64 tensor."""
+    if not any(isinstance(grad, DTensor) for grad in grads):
+        return nn.utils.get_total_norm(grads).double()
+    groups: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
+    for grad in grads:
+        groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else ()].append(grad)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for layout, members in groups.items():
+        square = nn.utils.get_total_norm(local(members)).to(device, torch.float64).square()
+        if layout:
+            mesh, placements = layout
+            assert not any(placement.is_partial() for placement in placements), "a gradient that is not reduced"
+            for dim, placement in enumerate(placements):
+                if placement.is_shard():
+                    dist.all_reduce(square, group=mesh.get_group(dim))
+        total += square
+    return total.sqrt()

@@ -1,0 +1,103 @@
+"""Which modules repeat: the units that are sharded, recomputed and compiled one at a time.
+
+A pure function of a module's structure. Whatever is in no block (embeddings, heads, final norms) stays with the root.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from paratrain.errors import UserError
+
+_STACKS = (nn.ModuleList, nn.Sequential)  # not ModuleDict: what is picked by key may be skipped by some ranks
+
+
+def find(model: nn.Module, patterns: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of `model`, as (name, module) in the order in which they are defined.
+
+    In a stack (ModuleList, Sequential), children with the same structure and shapes are blocks, and so are their siblings of the
+    same class. Children of one class whose shapes differ, as the stages of a U-Net or a hierarchical vision model, are searched for
+    stacks of their own, and are blocks if there are none; likewise attributes of one class. A class that Hugging Face models name in
+    `_no_split_modules` is a block wherever it occurs. Only modules with children count, unless there are no others. Blocks that share
+    a parameter with another or with the rest of the model are left to the root, which holds the shared parameter.
+
+    Args:
+        patterns: globs on module names or class names that name the blocks instead; [] for none.
+
+    Raises:
+        UserError: a pattern that matches no module with a forward of its own.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    if patterns is not None:
+        found = _matching(names, patterns)
+    else:
+        declared = {cls for module in names for cls in getattr(module, "_no_split_modules", None) or ()}
+        found = _search(model, declared, leaves=False) or _search(model, declared, leaves=True)
+    blocks = _without_shared(model, dict.fromkeys(found))
+    return [(names[block], block) for block in blocks]
+
+
+def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.Module]:
+    found: dict[nn.Module, None] = {}
+    for pattern in patterns:
+        matches = [m for m, name in names.items() if name and (fnmatchcase(name, pattern) or fnmatchcase(type(m).__name__, pattern))]
+        usable = [m for m in matches if type(m).forward is not nn.Module.forward and _has_parameters(m)]
+        if not usable:
+            why = "matches only containers without a forward or without parameters" if matches else "matches no module"
+            classes = dict.fromkeys(type(m).__name__ for m in names if any(m.children()))
+            raise UserError(
+                f"memory.blocks: {pattern!r} {why}; write a glob on module names (such as 'layers.*') or a class name "
+                f"({', '.join(list(classes)[:8])}), or leave memory.blocks=null to find the blocks"
+            )
+        found |= dict.fromkeys(usable)
+    return [module for module in names if module in found]
+
+
+def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn.Module]:
+    children = [child for child in dict.fromkeys(module.children()) if _has_parameters(child)]
+    is_stack = isinstance(module, _STACKS)
+    eligible = [child for child in children if any(child.children()) or (leaves and is_stack)]
+    eligible = [child for child in eligible if type(child).forward is not nn.Module.forward]
+    classes = Counter(type(child) for child in eligible)
+    like = Counter(map(_structure, eligible)) if is_stack else Counter()
+    repeated = {type(child) for child in eligible if like[_structure(child)] > 1} if is_stack else set()
+    found = []
+    for child in children:
+        if type(child).__name__ in declared or (child in eligible and type(child) in repeated):
+            found.append(child)
+        elif inner := _search(child, declared, leaves):
+            found += inner
+        elif child in eligible and classes[type(child)] > 1:
+            found.append(child)
+    return found
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _structure(module: nn.Module) -> tuple:
+    """What two modules have in common when they are copies but for their values."""
+    classes = tuple((name, type(child)) for name, child in module.named_modules())
+    return classes, tuple((name, param.shape) for name, param in module.named_parameters())
+
+
+def _without_shared(model: nn.Module, blocks: dict[nn.Module, None]) -> list[nn.Module]:
+    """The blocks whose parameters no other block and nothing outside uses."""
+    owners: dict[int, set[nn.Module]] = {}
+
+    def visit(module: nn.Module, owner: nn.Module) -> None:
+        owner = module if module in blocks else owner
+        for param in module._parameters.values():
+            if param is not None:
+                owners.setdefault(id(param), set()).add(owner)
+        for child in module.children():
+            visit(child, owner)
+
+    visit(model, model)
+    shared = {owner for users in owners.values() if len(users) > 1 for owner in users}
+    return [block for block in blocks if block not in shared and block is not model]
