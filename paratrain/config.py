@@ -407,6 +407,14 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         elif degree not in (None, 1) and axis == "dp_shard" and isinstance(strategy, DDP):
             reason = f"{degree}, but strategy=ddp shards nothing; write parallel.dp_replicate={degree}, or strategy=fsdp"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)
+    if cfg.memory.offload != "none" and not isinstance(strategy, Sharded):
+        reason = f"{cfg.memory.offload}, but strategy={strategy.name} keeps whole weights on the device; write strategy=fsdp, or memory.offload=none"
+        yield Fault("memory.offload", reason), ("strategy",)
+    if cfg.memory.recompute_every > 1 and cfg.memory.recompute == "none":
+        yield Fault("memory.recompute_every", "nothing is recomputed; write memory.recompute=full"), ("memory.recompute",)
+    if isinstance(strategy, Sharded) and strategy.param_dtype == "compute" and cfg.precision.name not in ("bf16-mixed", "16-mixed"):
+        reason = f"compute, but under precision.name={cfg.precision.name} weights are stored in the compute dtype; leave it out"
+        yield Fault("strategy.param_dtype", reason), ("precision.name",)
     if isinstance(strategy, DDP) and strategy.comm_hook != "powersgd":
         for name in ("powersgd_rank", "powersgd_start_step"):
             if getattr(strategy, name) != getattr(DDP(), name):
@@ -427,14 +435,6 @@ def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     if not 0 < scale.backoff_factor < 1:
         reason = f"must be between 0 and 1, to shrink the scale after an overflow; got {scale.backoff_factor:g}"
         yield Fault("precision.loss_scale.backoff_factor", reason), ()
-    if cfg.memory.offload != "none" and not isinstance(strategy, Sharded):
-        reason = f"{cfg.memory.offload}, but strategy={strategy.name} keeps whole weights on the device; write strategy=fsdp, or memory.offload=none"
-        yield Fault("memory.offload", reason), ("strategy",)
-    if cfg.memory.recompute_every > 1 and cfg.memory.recompute == "none":
-        yield Fault("memory.recompute_every", "nothing is recomputed; write memory.recompute=full"), ("memory.recompute",)
-    if isinstance(strategy, Sharded) and strategy.param_dtype == "compute" and cfg.precision.name not in ("bf16-mixed", "16-mixed"):
-        reason = f"compute, but under precision.name={cfg.precision.name} weights are stored in the compute dtype; leave it out"
-        yield Fault("strategy.param_dtype", reason), ("precision.name",)
     if not scale.min <= scale.init <= scale.max:
         reason = f"must lie between min={scale.min:g} and max={scale.max:g}; got {scale.init:g}"
         yield Fault("precision.loss_scale.init", reason), ("precision.loss_scale.min", "precision.loss_scale.max")

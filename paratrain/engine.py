@@ -157,9 +157,9 @@ class Engine:
                 for inputs, targets, real in micro:
                     window = self._add(window, *self._loss(self.model, inputs, targets, real))
         finally:
+            self._layout.settle()
             for module, mode in modes:
                 module.training = mode
-            self._layout.settle()
         return StepResult(self._sum_over_ranks(window), math.nan, self.lr, self.scaler.scale, False)
 
     # ------------------------------------------------------------------ steps in the user's hands
@@ -247,14 +247,8 @@ class Engine:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
-        self._layout.settle()
-        state = {}
-        for name, value in self.model.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: never all of them on the device
-                if self.is_main_process:
-                    state[name] = whole.detach().cpu().clone()
-        return state
+        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items() if isinstance(value, torch.Tensor)}
+        return state if self.is_main_process else {}
 
     def counters(self) -> dict[str, Any]:
         """Every number that a resume needs beside tensors: positions, the loss scale, and the unit that gradients are scaled by."""
@@ -373,10 +367,6 @@ class Engine:
         dist.all_reduce(vector, group=self._data_group)
         return vector.tolist() if self.device.type == "cpu" else list(vector)
 
-    def _set_lr(self) -> None:
-        factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
-        for optimizer, rates in zip(self.optimizers, self._base_lrs, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
     def _sum_totals(self) -> list[Scalar]:
         """Sum, count and votes of this step over the data ranks; a parameter that no rank used has no gradient afterwards.
 
@@ -393,6 +383,10 @@ class Engine:
         used.clear()
         return totals[: len(own)]
 
+    def _set_lr(self) -> None:
+        factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
+        for optimizer, rates in zip(self.optimizers, self._base_lrs, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
 
     def _check_finite(self, result: StepResult) -> None:
