@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -76,13 +76,12 @@ def make_loader(directory: str | None, extra: str | None = None) -> ConfigLoader
 
 
 def _ensure_conf_importable() -> None:
-    """In a bare checkout `paratrain.conf` is the directory `conf` next to the package."""
-    name = "paratrain.conf"
-    if name in sys.modules or find_spec(name) is not None:
+    """In a checkout `paratrain.conf` is the directory `conf` next to the package, and not that of another installation."""
+    name, root = "paratrain.conf", Path(__file__).resolve().parents[2] / "conf"
+    if name in sys.modules or not (root / f"{ROOT}.yaml").is_file():
         return
-    root = Path(__file__).resolve().parents[2] / "conf"
     spec = spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
-    assert spec is not None, f"paratrain is installed without its configuration: no {root}"
+    assert spec is not None
     assert spec.loader is not None
     sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
