@@ -2,7 +2,7 @@
 
     tensors    model/<name>                 every entry of the user's own state_dict
                optimizer/<parameter>/<key>  whichever optimizer or group holds the parameter
-    meta       counters, loss scale, what the caller adds (data position, callbacks)
+    meta       counters, loss scale, the configuration, what the caller adds (data position, callbacks)
     rank_meta  generators of the user's program (`random`, numpy, torch), for each rank
 
 The schedule and the randomness of the step are functions of the counters (see `optim/schedules.py`, `rng.py`), so they need no
@@ -12,15 +12,18 @@ entry of their own.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from paratrain import checkpoint
-from paratrain.checkpoint.state import optimizer_tensors, prepare_optimizer, rng_state, set_rng_state
+from paratrain.checkpoint import CheckpointError
 from paratrain.distributed import rank
 from paratrain.errors import UserError
+from paratrain.metrics.sinks import redact
+from paratrain.schema import to_dict
 
 if TYPE_CHECKING:
     from paratrain.engine import Engine
@@ -28,38 +31,91 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class State(NamedTuple):
+    """What `checkpoint.save` takes: tensors that are still the engine's own, and JSON values of this moment."""
+
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+    rank_meta: dict[str, Any]
+
+
+def capture(engine: Engine, extra: dict[str, Any]) -> State:
+    """The state of `engine` now. Every rank must call it."""
+    names = _names(engine)
+    meta = {
+        "seed": engine.cfg.seed,
+        "engine": engine.counters(),
+        "config": redact(to_dict(engine.cfg)),
+        "extra": extra,
+    }
+    return State(_model_tensors(engine) | checkpoint.optimizer_tensors(engine.optimizers, names), meta, {"rng": checkpoint.rng_state()})
+
+
 def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
     """Save the state of `engine` into the directory `path`: whole or not at all. Every rank must call it.
 
     Raises:
-        checkpoint.CheckpointError: names the rank, the file and the reason.
+        CheckpointError: names the rank, the file and the reason.
     """
-    tensors = _model_tensors(engine) | optimizer_tensors(engine.optimizers, _names(engine))
-    meta = {"seed": engine.cfg.seed, "engine": engine.counters(), "extra": extra}
-    checkpoint.save(path, tensors, meta, {"rng": rng_state()})
+    checkpoint.save(path, *capture(engine, extra))
 
 
 def load(engine: Engine, path: Path) -> dict[str, Any]:
     """Restore what `save` saved, under any layout; returns its `extra`. Every rank must call it.
 
     Raises:
-        checkpoint.CheckpointError: the checkpoint is damaged, or of another model.
+        CheckpointError: on every rank: the checkpoint is damaged, of another model, or nothing that `save` wrote.
         UserError: it was made under another seed, so that the data order would not continue.
     """
-    saved = checkpoint.tensors(path)
-    states, finish = prepare_optimizer(engine.optimizers, _names(engine), saved)
+    doing = f"cannot load checkpoint {path}"
+    names = _names(engine)
+    prepared: list[Any] = []
+
+    def prepare() -> None:
+        manifest = checkpoint.read(path)
+        _check(manifest.meta, manifest.rank_meta)
+        saved = {name: (tensor.shape, tensor.dtype) for name, tensor in manifest.tensors.items()}
+        prepared.extend(checkpoint.prepare_optimizer(engine.optimizers, names, saved))
+
+    checkpoint.together(doing, prepare, None)
+    states, finish = prepared
     meta, rank_metas = checkpoint.load(path, _model_tensors(engine) | states)
-    finish()
     if meta["seed"] != engine.cfg.seed:
         raise UserError(
             f"resume={path}: saved under seed={meta['seed']}, this job has seed={engine.cfg.seed}; the data order would not continue"
         )
-    engine.restore(meta["engine"])
-    if rank() < len(rank_metas):
-        set_rng_state(rank_metas[rank()]["rng"])
-    else:
-        log.info("rank %d is new: its Python and numpy generators start afresh", rank())
+
+    def restore() -> None:
+        finish()
+        engine.restore(meta["engine"])
+        if rank() < len(rank_metas):
+            checkpoint.set_rng_state(rank_metas[rank()]["rng"])
+        else:
+            log.info("rank %d is new: its Python and numpy generators start afresh", rank())
+
+    checkpoint.together(doing, restore, None)
     return meta["extra"]
+
+
+def _check(meta: dict[str, Any], rank_metas: list[dict[str, Any]]) -> None:
+    """Whether this is what `capture` made, field by field: a checkpoint may come from anywhere."""
+    engine = meta.get("engine")
+    if not isinstance(engine, dict) or type(meta.get("seed")) is not int or not isinstance(meta.get("extra"), dict):
+        raise CheckpointError("it holds tensors, but not the state of a training run (no seed, engine or extra)")
+    unit, scaler = engine.get("unit"), engine.get("scaler")
+    good = all(type(engine.get(key)) is int and engine[key] >= 0 for key in ("global_step", "updates")) and _is_number(
+        engine.get("counted")
+    )
+    good = good and (unit is None or (_is_number(unit) and unit > 0))
+    good = good and isinstance(scaler, dict) and all(_is_number(scaler.get(key)) for key in ("scale", "good_steps", "skipped"))
+    if not good:
+        raise CheckpointError(f"its counters are not valid: {engine!s:.200}")
+    if not all(isinstance(entry.get("rng"), dict) for entry in rank_metas):
+        raise CheckpointError("it lacks the state of the random number generators of a rank")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _model_tensors(engine: Engine) -> dict[str, torch.Tensor]:

@@ -279,11 +279,15 @@ def test_a_save_that_is_killed_leaves_the_one_before(phase, tmp_path):
     killed = subprocess.run([sys.executable, "-c", DIE, str(tmp_path), phase], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == (3 if phase == "between renames" else 2)
+    if phase == "between renames":
+        assert checkpoint.latest(tmp_path).name.startswith(".step-000002.old-")
+        checkpoint.prune(tmp_path, 2)
+        assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"]
     newest = checkpoint.latest(tmp_path)
-    assert newest == tmp_path / "step-000001"
-    restored = {"w": torch.zeros(9)}
+    assert newest == tmp_path / ("step-000002" if phase == "between renames" else "step-000001")
+    restored = {"w": torch.full((9,), 7.0)}
     checkpoint.load(newest, restored)
-    assert (restored["w"] == 1).all()
+    assert (restored["w"] == (0 if phase == "between renames" else 1)).all()
     checkpoint.save(checkpoint.step_path(tmp_path, 2), {"w": torch.full((9,), 2.0)})
     checkpoint.prune(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"]
@@ -456,3 +460,48 @@ def test_the_grid_check_agrees_with_counting_elements():
         assert manifest_module.tiles(shape, chunks) == exact, (shape, boxes)
         agreed[exact] += 1
     assert min(agreed) > 50
+
+
+def test_pruning_keeps_what_is_protected_and_the_best_is_found(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, float("nan")], start=1):
+        extra = {"extra": {"metrics": {} if loss is None else {"eval/loss": loss}}}
+        checkpoint.save(checkpoint.step_path(tmp_path, step), {"w": torch.ones(1)}, extra)
+    assert checkpoint.best(tmp_path, "eval/loss", "min") == (1.0, 2)
+    assert checkpoint.best(tmp_path, "eval/loss", "max") == (3.0, 1)
+    assert checkpoint.best(tmp_path, "other", "min") is None
+    checkpoint.prune(tmp_path, 1, lambda step: step == 2)
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == [2, 5]
+
+
+def test_what_is_set_aside_is_kept_and_never_found(path):
+    aside = checkpoint.set_aside(path)
+    assert aside.name == ".damaged-step-000007"
+    shutil.copytree(aside, path)
+    assert checkpoint.set_aside(path).name == ".damaged-step-000007-2"
+    assert checkpoint.latest(aside.parent) is None
+    checkpoint.save(path, {"w": torch.ones(1)})
+    checkpoint.prune(path.parent, 1)
+    assert sorted(os.listdir(path.parent)) == [".damaged-step-000007", ".damaged-step-000007-2", "step-000007"]
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 4096))
+    with pytest.raises(CheckpointError, match=r"0\.000 GiB free, and the checkpoint needs"):
+        checkpoint.save(path, {"w": torch.ones(5000)})
+    assert os.listdir(path.parent) == [path.name]
+    checkpoint.save(path, {"w": torch.ones(50)})
+
+
+def test_copies_are_written_while_the_tensors_move_on(tmp_path):
+    tensors = {"w": torch.ones(4), "t": torch.arange(6).reshape(2, 3).T}
+    buffers: dict = {}
+    staged = checkpoint.stage(tensors, buffers)
+    memory = buffers["w"].data_ptr()
+    tensors["w"].zero_()
+    checkpoint.save(tmp_path / "c", tensors, staged=staged)
+    back = {"w": torch.zeros(4), "t": torch.zeros(3, 2, dtype=torch.int64)}
+    checkpoint.load(tmp_path / "c", back)
+    assert (back["w"] == 1).all()
+    assert torch.equal(back["t"], tensors["t"])
+    assert checkpoint.stage({"w": tensors["w"]}, buffers)["w"].data_ptr() == memory
+    assert list(buffers) == ["w"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from paratrain.checkpoint import files
 from paratrain.checkpoint.manifest import FILE_NAME, CheckpointError, Manifest, parse
 
 _STEP = re.compile(r"step-(\d{6,})")
-_LEFTOVER = re.compile(r"\.step-\d{6,}\.(tmp|old)-[0-9a-f]{32}")
+_HIDDEN = re.compile(r"\.(step-\d{6,})\.(tmp|old|gone)-[0-9a-f]{32}")
 _LARGEST_MANIFEST = 4 << 30
 
 
@@ -101,14 +103,66 @@ def steps(directory: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def latest(directory: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint in `directory`, or None. While others save there, ask on one rank and tell the rest."""
-    return next((path for _, path in sorted(_candidates(Path(directory)), reverse=True) if _complete(path)), None)
+    """The newest complete checkpoint in `directory`, or None. While others save there, ask on one rank and tell the rest.
+
+    A checkpoint whose replacement was killed between two renames is found under the hidden name it was left with.
+    """
+    found = sorted(_candidates(Path(directory)) + _replaced(Path(directory)), reverse=True)
+    return next((path for _, path in found if _complete(path)), None)
 
 
-def prune(directory: str | os.PathLike, keep: int) -> None:
+def incomplete(directory: str | os.PathLike) -> list[tuple[int, Path, str]]:
+    """(step, path, what is wrong) of every checkpoint in `directory` that does not count, the newest last."""
+    found = []
+    for step, path in sorted(_candidates(Path(directory))):
+        try:
+            faults = absent_files(path, read(path))
+        except CheckpointError as error:
+            faults = [str(error)]
+        if faults:
+            found.append((step, path, faults[0]))
+    return found
+
+
+def recover(directory: str | os.PathLike) -> None:
+    """Give checkpoints that a killed save had renamed aside their names back. Call it where no save is under way."""
+    for step, path in _replaced(Path(directory)):
+        if _complete(path):
+            os.rename(path, step_path(directory, step))
+
+
+def set_aside(path: Path, kind: str = "damaged") -> Path:
+    """Rename a checkpoint to `.damaged-step-...`, which nothing takes for one and nothing deletes; returns the new path."""
+    for number in range(1, 10_000):
+        aside = path.with_name(f".{kind}-{path.name.lstrip('.')}" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            os.rename(path, aside)
+            return aside
+    raise CheckpointError(f"{path.parent} holds thousands of {kind} checkpoints: look at them, and delete what you do not need")
+
+
+def best(directory: str | os.PathLike, metric: str, mode: str) -> tuple[float, int] | None:
+    """(value, step) of the complete checkpoint with the best `metric` among those saved with one; mode: `min` or `max`."""
+    sign = -1.0 if mode == "max" else 1.0
+    found = [(sign * float(value), step) for step, path in steps(directory) if (value := _metric(read_meta(path), metric)) is not None]
+    value, step = min(found, default=(0.0, None))
+    return None if step is None else (sign * value, step)
+
+
+def _metric(meta: dict[str, Any], name: str) -> float | None:
+    extra = meta.get("extra")
+    metrics = extra.get("metrics") if isinstance(extra, dict) else None
+    value = metrics.get(name) if isinstance(metrics, dict) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def prune(directory: str | os.PathLike, keep: int, protected: Callable[[int], bool] = lambda step: False) -> None:
     """Delete all but the `keep` newest complete checkpoints, and what interrupted saves left. Call it where no save is under way.
 
     A directory that is no complete checkpoint neither counts nor goes.
+
+    Args:
+        protected: whether the checkpoint of a step stays however old it is.
 
     Raises:
         CheckpointError: when something cannot be deleted; names it and the reason.
@@ -116,12 +170,14 @@ def prune(directory: str | os.PathLike, keep: int) -> None:
     assert keep >= 1, "the last checkpoint is never deleted"
     directory = Path(directory)
     try:
-        for _, path in steps(directory)[:-keep]:
-            aside = beside(path, "old")
-            os.rename(path, aside)
-            shutil.rmtree(aside)
+        recover(directory)
+        for step, path in steps(directory)[:-keep]:
+            if not protected(step):
+                aside = beside(path, "gone")
+                os.rename(path, aside)
+                shutil.rmtree(aside)
         for entry in _entries(directory):
-            if _LEFTOVER.fullmatch(entry.name):
+            if _HIDDEN.fullmatch(entry.name):
                 shutil.rmtree(entry)
     except OSError as error:
         raise CheckpointError(f"cannot delete {error.filename}: {error.strerror}") from error
@@ -139,6 +195,12 @@ def _entries(directory: Path) -> list[Path]:
 def _candidates(directory: Path) -> list[tuple[int, Path]]:
     named = [(_STEP.fullmatch(entry.name), entry) for entry in _entries(directory)]
     return [(int(match[1]), entry) for match, entry in named if match]
+
+
+def _replaced(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints that a save had renamed aside when it was killed, before it gave their names to the new ones."""
+    hidden = [(match, entry) for entry in _entries(directory) if (match := _HIDDEN.fullmatch(entry.name)) and match[2] == "old"]
+    return [(int(match[1][5:]), entry) for match, entry in hidden if not (directory / match[1]).exists()]
 
 
 def _complete(path: Path) -> bool:

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,18 @@ def _done(result: Any) -> Future:
 
 
 class Planner(DefaultSavePlanner):
-    """torch's planner, for flat dicts of tensors, which in addition refuses ranks that disagree about a tensor."""
+    """torch's planner, for flat dicts of tensors, which in addition refuses ranks that disagree about a tensor.
 
-    def __init__(self) -> None:
+    Args:
+        staged: name -> copy of the local part of a tensor, written in its stead: the tensor itself has moved on.
+    """
+
+    def __init__(self, staged: Mapping[str, torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.staged = staged
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.staged[index.fqn] if index.fqn in self.staged else super().lookup_object(index)
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -101,6 +109,10 @@ def _data(item: WriteItem) -> Any:
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:
     return _data(item).chunk
+
+
+def _size(item: WriteItem) -> int:
+    return math.prod(_chunk(item).sizes) * _data(item).properties.dtype.itemsize
 
 
 class Writer(StorageWriter):
@@ -138,8 +150,17 @@ class Writer(StorageWriter):
         return replace(plan, storage_data=self.rank_meta)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self._check_space(sum(_size(item) for plan in plans for item in plan.items))
         self.rank_metas = [plan.storage_data for plan in plans]
         return [replace(plan, storage_data=(rank, self.temporary.name)) for rank, plan in enumerate(plans)]
+
+    def _check_space(self, needed: int) -> None:
+        """A disk that fills up while ranks write costs the time of a save, and may take the logs with it."""
+        free = shutil.disk_usage(self.temporary).free
+        if needed + needed // 50 > free:
+            raise CheckpointError(
+                f"{self.target.parent} has {free / 2**30:.3f} GiB free, and the checkpoint needs {needed / 2**30:.3f} GiB"
+            )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         rank, name = plan.storage_data
@@ -153,10 +174,7 @@ class Writer(StorageWriter):
         saved = files.write(directory / f"rank-{rank:05d}.safetensors", _bytes(header, items, planner))
         files.sync_directory(directory)
         results = [
-            WriteResult(
-                item.index, math.prod(_chunk(item).sizes) * _data(item).properties.dtype.itemsize, (tuple(_chunk(item).sizes), start)
-            )
-            for item, start in zip(items, starts, strict=True)
+            WriteResult(item.index, _size(item), (tuple(_chunk(item).sizes), start)) for item, start in zip(items, starts, strict=True)
         ]
         return _done([WriteResult(MetadataIndex(saved.name), saved.size, saved), *results])
 

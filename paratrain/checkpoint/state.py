@@ -30,8 +30,8 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """Every state as `optimizer/<parameter>/<key>`, whichever optimizer and group holds the parameter.
 
-    A Python number becomes a 0-dim tensor under `<key>#<type>`. Options of groups (lr, betas, ...) come from the configuration and
-    are not state.
+    A Python number becomes a 0-dim tensor under `<key>#<type>`. Options of groups (lr, betas, ...) come from the configuration; numbers
+    that an optimizer changes there itself are kept by the engine.
 
     Args:
         names: the parameters' names; every parameter of the optimizers has one.

@@ -28,6 +28,7 @@ def save(
     meta: dict[str, Any] | None = None,
     rank_meta: dict[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
+    staged: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, completely or not at all. Collective over `group`; on a file system that its ranks share.
 
@@ -39,6 +40,7 @@ def save(
             a DTensor every part is written once, of a plain tensor the copy of one of these ranks.
         meta: JSON values (dict, list, str, int, float, bool, None); rank 0's are kept.
         rank_meta: likewise, kept for every rank.
+        staged: what `stage` returned for `tensors`: these copies are written, so that training may go on meanwhile in another thread.
 
     Raises:
         CheckpointError: on every rank, when any of them fails; names rank, file and reason. No half checkpoint is left.
@@ -51,10 +53,32 @@ def save(
     writer = Writer(target, meta or {}, rank_meta or {})
     try:
         with _translated(doing):
-            compat.dcp_save(dict(tensors), writer, Planner(), group)
+            compat.dcp_save(dict(tensors), writer, Planner(staged or {}), group)
     except BaseException:
         writer.discard()
         raise
+
+
+def stage(tensors: Mapping[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy what this rank holds of each tensor to host memory; returns when the copies are complete.
+
+    Args:
+        buffers: memory of the copies, kept between calls: fresh pages cost more than the copy.
+    """
+    from torch.distributed.tensor import DTensor
+
+    local = {name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in tensors.items()}
+    for name in buffers.keys() - local.keys():
+        del buffers[name]
+    devices = {tensor.device for tensor in local.values() if tensor.device.type != "cpu"}
+    for name, tensor in local.items():
+        kept = buffers.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        buffers[name].copy_(tensor, non_blocking=True)
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    return dict(buffers)
 
 
 def load(

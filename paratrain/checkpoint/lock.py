@@ -1,0 +1,81 @@
+"""One job an output directory: a second one would replace the checkpoints of the first, and neither would know.
+
+The lock is a POSIX record lock, which the kernel gives back when its holder dies, however it dies, and which network file systems
+carry between hosts. Where one does not, the file's time of change tells: the holder renews it every few seconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paratrain.errors import UserError
+
+FILE_NAME = ".lock"
+_BEAT = 5.0
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the lock of an output directory.
+
+    Raises:
+        UserError: another live job holds it; names its host and process.
+    """
+    path = directory / FILE_NAME
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    ended = threading.Event()
+    try:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _taken(directory, _holder(fd)) from None
+        holder = _holder(fd)
+        if holder and holder.get("host") != socket.gethostname() and _beats(path):
+            raise _taken(directory, holder)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}).encode(), 0)
+        threading.Thread(target=_beat, args=(path, ended), name="paratrain-lock", daemon=True).start()
+        yield
+        os.ftruncate(fd, 0)
+    finally:
+        ended.set()
+        os.close(fd)
+
+
+def _taken(directory: Path, holder: dict) -> UserError:
+    who = f"process {holder.get('pid', '?')} on host {holder.get('host', '?')}"
+    return UserError(f"output_dir={directory}: another job, {who}, is writing there; wait for its end, or choose another directory")
+
+
+def _holder(fd: int) -> dict:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _beats(path: Path) -> bool:
+    """Whether somebody renews the file; its clock may differ from ours, so that only a change counts."""
+    before, deadline = path.stat().st_mtime_ns, time.monotonic() + 3 * _BEAT
+    while time.monotonic() < deadline:
+        time.sleep(_BEAT / 10)
+        if path.stat().st_mtime_ns != before:
+            return True
+    return False
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT):
+        try:
+            os.utime(path)
+        except OSError:
+            return
