@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from paratrain.config import Config, Sharded
+from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import batch_norm, blocks, compile, ddp, materialise, recompute
 from paratrain.parallel.shard import shard
@@ -51,6 +52,7 @@ def is_sharded(mesh: Mesh, cfg: Config) -> bool:
 def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:
     """Lay a planned model out over `mesh`, in place, and give it its values."""
     model, ranks = planned.model, mesh.data.size()
+    _refuse_sparse_gradients(model)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     if ranks > 1:
@@ -66,3 +68,11 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         return Layout(model, model)
     wrapped = ddp.replicate(model, mesh, cfg)
     return Layout(model, wrapped, wrapped.no_sync, ranks)
+
+
+def _refuse_sparse_gradients(model: nn.Module) -> None:
+    sparse = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
+    if sparse:
+        raise UserError(
+            f"model: {sparse[0]} makes sparse gradients, which have no global norm and cannot be sharded; build it with sparse=False"
+        )

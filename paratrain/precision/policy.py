@@ -75,4 +75,19 @@ def convert_module(module: nn.Module, name: str) -> nn.Module:
                 f"precision=16-mixed keeps float32 weights and scales the loss, but {len(half)} parameters are float16 (first: {half[0]}); "
                 "load or build the model in float32 (model.float()), or write precision=bf16_true for weights in 16 bits"
             )
-    return module.to(POLICIES[name].param_dtype)
+    dtype = POLICIES[name].param_dtype
+    for owner in module.modules():
+        for param in owner._parameters.values():
+            if param is not None:
+                param.data = _in_precision(param.data, dtype)
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[key] = _in_precision(buffer, dtype)
+    return module
+
+
+def _in_precision(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floating tensors in `dtype`, complex ones of that width (`Module.to` would drop their imaginary part), others as they are."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype is torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
