@@ -26,7 +26,7 @@ def find(model: nn.Module, patterns: Sequence[str] | None = None) -> list[tuple[
     a parameter with another or with the rest of the model are left to the root, which holds the shared parameter.
 
     Args:
-        patterns: globs on module names or class names that name the blocks instead; [] for none.
+        patterns: globs on module names or class names that name the blocks instead, of each the outermost matches; [] for none.
 
     Raises:
         UserError: a pattern that matches no module with a forward of its own.
@@ -53,7 +53,8 @@ def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.M
                 f"memory.blocks: {pattern!r} {why}; write a glob on module names (such as 'layers.*') or a class name "
                 f"({', '.join(list(classes)[:8])}), or leave memory.blocks=null to find the blocks"
             )
-        found |= dict.fromkeys(usable)
+        inside = {inner for outer in usable for inner in outer.modules() if inner is not outer}
+        found |= dict.fromkeys(module for module in usable if module not in inside)
     return [module for module in names if module in found]
 
 
