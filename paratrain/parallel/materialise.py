@@ -80,6 +80,7 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
     else:
         with _uninitialised_is_nan():
             model = _build(model_fn, cfg.seed, device)
+        _refuse_lazy(model)
         _refuse_nan(model)
     if not model.training:
         model.train()  # a pretrained model often arrives in evaluation mode
