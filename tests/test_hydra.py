@@ -72,9 +72,17 @@ def test_float16_scales_with_the_defaults_of_the_schema():
 @pytest.mark.parametrize("name", files())
 def test_every_choice_composes(name):
     group, choice = name.split("/")
-    needs = {"data/text": ["data.path=x"], "data/hf": ["data.name=x"], "data/custom": ["data.train._target_=builtins.list"]}
-    extra = ["model.vocab_size=2", "model.seq_len=2"] if name in ("data/custom",) else []
-    load_config([f"{group}={choice}", *needs.get(name, []), *extra])
+    needs = {
+        "data/text": ["data.path=x"],
+        "data/hf": ["data.name=x"],
+        "data/custom": ["data.train._target_=builtins.list", "model.vocab_size=2", "model.seq_len=2"],
+    }
+    try:
+        load_config([f"{group}={choice}", *needs.get(name, [])])
+    except ConfigError as error:
+        if all("which is not installed" in problem for problem in error.problems):
+            pytest.skip(str(error))
+        raise
 
 
 def test_short_and_full_precision_names_are_the_same():
