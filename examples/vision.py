@@ -55,7 +55,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def main(overrides: list[str]) -> None:
-    length = ["data.global_batch=64", "trainer.max_steps=null", "trainer.max_epochs=20", "trainer.eval_every=5ep"]
+    length = ["data.global_batch=64", "trainer.max_epochs=20", "trainer.eval_every=5ep"]
     rate = ["optimizer.lr=2e-3", "scheduler=cosine", "scheduler.warmup_steps=50"]
     cfg = pt.load_config([*length, *rate, "checkpoint.at_end=false", *overrides])
     images, classes = digits()

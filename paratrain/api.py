@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,7 +14,10 @@ from paratrain import distributed, layout, mesh, optim
 from paratrain.config import Config
 from paratrain.engine import Engine
 from paratrain.loss import Loss
+from paratrain.metrics.flops import on_meta
 from paratrain.parallel import materialise
+
+log = logging.getLogger(__name__)
 
 
 def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Config) -> Engine:
@@ -39,5 +43,15 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         torch.use_deterministic_algorithms(True)
     axes = mesh.build(cfg, device.type)
     planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg))
+    blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
-    return Engine(laid_out, loss_fn, optim.build(cfg.optimizer, laid_out.model), axes, cfg, device)
+    return Engine(laid_out, loss_fn, optim.build(cfg.optimizer, laid_out.model), axes, cfg, device, blueprint)
+
+
+def _blueprint(model: nn.Module) -> nn.Module | None:
+    """The model as it was before any layout, without values; None where its attributes cannot be copied."""
+    try:
+        return on_meta(model)
+    except Exception as error:  # whatever the user's attributes raise when they are copied
+        log.info("the model cannot be copied (%s: %s): its FLOPs will be estimated, not counted", type(error).__name__, error)
+        return None

@@ -257,6 +257,10 @@ class Optimizer:
     args: dict = key({}, "every further key is an argument of the class, checked against its signature", rest=True)
     fused: bool | None = key(None, "the fused kernel; null: wherever torch has one")
     groups: list[ParamGroup] = key([], "parameter groups by name; a pattern that matches nothing is an error")
+    others: dict = key(
+        {},
+        "of an optimizer of matrices (Muon, SOAP, Shampoo): options for vectors, embeddings and the output layer, AdamW's unless it has a `_target_`",
+    )
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,15 @@ class Scheduler:
     total_steps: int | None = key(None, "step at which the schedule ends; null: the last step of training", minimum=1)
     decay_steps: int | None = key(None, "wsd: steps of the final decay; null: a tenth of the total", minimum=0)
     min_ratio: float = key(0.0, "learning rate at the end as a fraction of the peak", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss far above those before it: training goes back to the checkpoint before and leaves that batch out."""
+
+    window: int = key(128, "losses it is compared with", minimum=4)
+    sigmas: float = key(8.0, "robust standard deviations above their median that are too many", minimum=1.0)
+    min_steps: int = key(32, "losses to see before judging", minimum=4)
 
 
 @dataclass(frozen=True)
@@ -283,13 +296,27 @@ class Trainer:
         "target elements for integer targets, samples otherwise",
     )
     batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches")
-    nonfinite: Literal["raise"] = key("raise", "what a loss or gradient that is not finite does without a loss scale")
+    nonfinite: Literal["raise", "skip", "rollback"] = key(
+        "raise",
+        "a loss or gradient that is not finite (beyond what a loss scale mends): raise ends training; skip leaves the weights as they are; "
+        "rollback goes back to the last checkpoint and leaves the batch out. Its samples are written to bad_batches.jsonl",
+    )
+    spike: Spike | None = key(None, "loss spikes: null ignores them; {} or {sigmas: 8} goes back to the last checkpoint and leaves the batch out")
+    step_timeout: Time | None = key(
+        "15min", "a step after the first that takes longer is a hang: stacks are written to hang/ and the process ends with code 76; null: wait"
+    )
+    max_stuck_restarts: int = key(3, "restarts by torchrun in a row that may begin at one step before the job gives up", minimum=1)
     log_every: int = key(10, "steps between log lines", minimum=1)
     eval_every: Time | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
     eval_batches: int | None = key(None, "global batches in an evaluation; null: all", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to compute; auto: cuda where there is one")
     deterministic: bool = key(False, "refuse operations whose result varies between runs")
     timeout_minutes: float = key(30.0, "how long a collective may wait for its peers", minimum=0.01)
+
+    @property
+    def ends(self) -> bool:
+        """Whether anything says when training stops."""
+        return any(limit is not None for limit in (self.max_steps, self.max_epochs, self.max_tokens, self.max_time))
 
 
 @dataclass(frozen=True)
@@ -315,6 +342,29 @@ class Checkpoint:
     every: Time | None = key(None, "time between checkpoints: 500, 1ep, 10Mtok, 30min; null: only at the end")
     at_end: bool = key(True, "save when training ends or is interrupted")
     keep: int | None = key(3, "newest checkpoints to keep; null: all", minimum=1)
+    keep_every: int | None = key(None, "keep those whose step is a multiple of this for ever", minimum=1)
+    best: str | None = key(None, "also save whenever this metric of an evaluation is the best so far, and keep that one: eval/loss")
+    best_mode: Literal["min", "max"] = key("min", "which value of `best` is the best")
+    async_save: bool = key(
+        True, "write while training goes on; it waits only for a copy to host memory, which needs as much memory as the rank's state"
+    )
+    max_failures: int = key(3, "failed saves in a row that stop training", minimum=1)
+    remote: str | None = key(None, "also copy every checkpoint there, and resume from there where the output directory has none: s3://bucket/run")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """`python -m paratrain verify`: is the layout the same function as one process?"""
+
+    steps: int = key(2, "steps to compare", minimum=1)
+    ranks: int = key(4, "local CPU processes of the layout", minimum=1)
+    dtype: Literal["float64", "configured"] = key(
+        "float64", "float64 in place of the precision, so that a difference is an error and not rounding; or the precision as configured"
+    )
+    layers: int | None = key(
+        None, "cut the model to this many layers (it needs an argument layers, num_hidden_layers or n_layer)", minimum=1
+    )
+    timeout_minutes: float = key(10.0, "how long each of its runs may take", minimum=0.01)
 
 
 @dataclass(frozen=True)
@@ -323,6 +373,9 @@ class Config:
 
     seed: int = key(0, "decides initial weights, data order and dropout", minimum=0)
     resume: str = key("auto", "auto: from the newest checkpoint in the output directory, if any; none; or a checkpoint's path")
+    resume_force: list[str] = key(
+        [], "globs of keys that may differ from the checkpoint's configuration: [optimizer.lr], [scheduler.*]; [*] for all"
+    )
     output_dir: str | None = key(None, "where the job writes; from the command line it is hydra.run.dir; null in Python: runs/<time>")
     parallel: Parallel = key(Parallel(), "degrees of parallelism")
     strategy: Single | DDP | Zero1 | Zero2 | Zero3 | FSDP | HSDP = key(DDP(), "how the data-parallel axes are used")
@@ -337,6 +390,7 @@ class Config:
     trainer: Trainer = key(Trainer(), "the loop")
     logger: Logger = key(Logger(), "metrics and where they go")
     checkpoint: Checkpoint = key(Checkpoint(), "when state is saved, and how much is kept")
+    verify: Verify = key(Verify(), "what `python -m paratrain verify` compares")
     callbacks: dict[str, Target] = key({}, "name -> `_target_` of a callback")
     app: dict = key({}, "keys of your own application; paratrain does not read them")
 
@@ -388,6 +442,8 @@ def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     """Values that are each fine and do not go together, with the other keys that take part."""
     for rules in (_parallel, _precision, _data, _schedule):
         yield from rules(cfg)
+    if cfg.trainer.step_timeout is not None and parse_duration(cfg.trainer.step_timeout).unit != "seconds":
+        yield Fault("trainer.step_timeout", f"{cfg.trainer.step_timeout!r} is no span of time; write 90s or 15min, or null to wait"), ()
     if cfg.trainer.max_time is not None and parse_duration(cfg.trainer.max_time).unit != "seconds":
         yield Fault("trainer.max_time", f"{cfg.trainer.max_time!r} is no span of time; write 90s, 30min, 12h or 2d"), ()
 

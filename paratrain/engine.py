@@ -28,7 +28,19 @@ from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count
 from paratrain.mesh import Mesh
 from paratrain.optim import schedules
+from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.precision import POLICIES, LossScaler
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient is not finite.
+
+    Attributes:
+        step: number of its batch in the data order, from 0.
+    """
+
+    step = 0
+
 
 Scalar = float | torch.Tensor  # a float where nothing has to be waited for (CPU), a 0-dim float64 tensor on a device that runs behind
 
@@ -84,15 +96,23 @@ class Engine:
 
     Attributes:
         model: the user's module under the user's own names.
+        blueprint: the model on the meta device as it was before the layout, for counting; None where it cannot be copied.
         optimizers: the optimizers, already over the parameters as they are laid out.
         global_step: steps taken, skipped ones included; the position in the data.
         updates: steps that changed the weights; the position in the schedule.
     """
 
     def __init__(
-        self, layout: Layout, loss_fn: Loss, optimizers: list[torch.optim.Optimizer], mesh: Mesh, cfg: Config, device: torch.device
+        self,
+        layout: Layout,
+        loss_fn: Loss,
+        optimizers: list[torch.optim.Optimizer],
+        mesh: Mesh,
+        cfg: Config,
+        device: torch.device,
+        blueprint: nn.Module | None = None,
     ):
-        self.cfg, self.mesh, self.device = cfg, mesh, device
+        self.cfg, self.mesh, self.device, self.blueprint = cfg, mesh, device, blueprint
         self.model: nn.Module = layout.model
         self.optimizers = optimizers
         self.global_step = 0
@@ -103,6 +123,7 @@ class Engine:
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
         self._policy = POLICIES[cfg.precision.name]
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._unit: float | None = None
         self._counted: Scalar = 0.0
@@ -153,7 +174,7 @@ class Engine:
         self.model.eval()
         window: tuple[Scalar, Scalar] = (0.0, 0.0)
         try:
-            with rng.preserved(self.device):
+            with rng.preserved(self.device), averaged(self.optimizers):
                 for inputs, targets, real in micro:
                     window = self._add(window, *self._loss(self.model, inputs, targets, real))
         finally:
@@ -215,9 +236,10 @@ class Engine:
             self.clip_grad_norm_(self.cfg.trainer.clip_norm)
         assert self._reduced is not None
         totals, norm = self._reduced
-        skipped = self.scaler.enabled and not math.isfinite(float(norm))
+        tolerant = self.cfg.trainer.nonfinite != "raise"
+        skipped = (tolerant or self.scaler.enabled) and not math.isfinite(float(norm)) or (tolerant and not math.isfinite(float(totals[0])))
         result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
-        if not self.scaler.enabled:
+        if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
         if not skipped:
             for optimizer in self.optimizers:
@@ -247,8 +269,15 @@ class Engine:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
-        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items() if isinstance(value, torch.Tensor)}
-        return state if self.is_main_process else {}
+        self._layout.settle()
+        state = {}
+        with averaged(self.optimizers):
+            for name, value in self.model.state_dict().items():
+                if isinstance(value, torch.Tensor):
+                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: never all of them on the device
+                    if self.is_main_process:
+                        state[name] = whole.detach().cpu().clone()
+        return state
 
     def counters(self) -> dict[str, Any]:
         """Every number that a resume needs beside tensors: positions, the loss scale, and the unit that gradients are scaled by."""
@@ -258,12 +287,14 @@ class Engine:
             "counted": self.tokens,
             "unit": self._unit,
             "scaler": self.scaler.state_dict(),
+            "optimizers": numbers(self.optimizers, since=self._base_numbers),
         }
 
     def restore(self, counters: dict[str, Any]) -> None:
         """Go on from what `counters` returned."""
         self.global_step, self.updates = int(counters["global_step"]), int(counters["updates"])
         self._counted, self._unit = self._scalar(counters["counted"]), counters["unit"]
+        set_numbers(self.optimizers, counters["optimizers"])
         if self.scaler.enabled:
             self.scaler.load_state_dict(counters["scaler"])
         self._set_lr()
@@ -401,10 +432,12 @@ class Engine:
         if math.isfinite(norm) and (math.isfinite(loss) or not result.count):
             return
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        raise UserError(
+        error = NonFiniteError(
             f"step {self.global_step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights are those before this step. "
             "Lower optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
         )
+        error.step = self.global_step - (0 if self.device.type == "cpu" else 1)
+        raise error
 
     def _guard(self, grad: torch.Tensor) -> torch.Tensor:
         if not self._inside_backward:

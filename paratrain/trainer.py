@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,27 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from paratrain import callbacks as events
-from paratrain import checkpoint, data, distributed
+from paratrain import checkpoint, data, distributed, resume, when
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
+from paratrain.checkpoint import lock
+from paratrain.checkpoint.saver import Saver
 from paratrain.config import Config
-from paratrain.durations import Duration, parse_duration
-from paratrain.engine import Engine, StepResult
-from paratrain.errors import ConfigError, UserError
+from paratrain.engine import Engine, NonFiniteError, StepResult
+from paratrain.errors import UserError
+from paratrain.faults import batches as bad_batches
+from paratrain.faults import memory, restarts, signals
+from paratrain.faults.watchdog import Watchdog
+from paratrain.goodput import Goodput, since_process_start
 from paratrain.loss import Loss
 from paratrain.metrics import flops, sinks
 from paratrain.metrics.meter import Meter, device_peak
 from paratrain.schema import to_dict
 
 log = logging.getLogger(__name__)
+
+_GRACE = 30.0
+"""Seconds that a save in flight has to end after an error: it may be the last one, and its peers may be gone."""
 
 
 class Trainer:
@@ -59,6 +65,7 @@ class Trainer:
         eval_data: Any = None,
         callbacks: Sequence[Any] = (),
     ):
+        made = time.monotonic()
         self.cfg = cfg
         self.callbacks = events.checked(callbacks)
         self.train_data = _dataset(train_data, "train_data")
@@ -68,70 +75,122 @@ class Trainer:
         asked = Path(cfg.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.output_dir: Path = distributed.on_main(lambda: _writable(asked))
         self.interrupted = False
+        self._made = made
         self._seconds = 0.0  # of training, by rank 0's clock, over all restarts
-        self._signalled = False
+        self._asked = signals.Asked()
+        self._watchdog = Watchdog(when.seconds(cfg.trainer.step_timeout), self.output_dir)
+        self._spikes = bad_batches.SpikeDetector(cfg.trainer.spike)
+        self._left_out: set[int] = set()  # steps whose batches are not trained on
+        self._skipped = self._rollbacks = 0  # in a row; since the last checkpoint
+        self._logged: int | None = None  # steps of the last log line and of the newest checkpoint
+        self._saved: int | None = None
+        self._evaluated: tuple[int | None, dict[str, float]] = (None, {})
+        self._best: float | None = None
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> dict[str, float]:
         """Train to the end, from the checkpoint that `resume` names, and return the last metrics.
 
-        SIGINT and SIGTERM end training at a step boundary, on all ranks at the same one, with a checkpoint.
+        SIGINT, SIGTERM and SIGUSR1 end training at a step boundary, on all ranks at the same one, with a checkpoint.
 
         Raises:
-            UserError: nothing says when to stop, or what the config asks for cannot be done.
+            UserError: nothing says when to stop, what the config asks for cannot be done, or another job writes in the output directory.
         """
-        last = self._last_step()
+        with ExitStack() as stack:
+            distributed.on_main(lambda: stack.enter_context(lock.held(self.output_dir)))
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
+        cfg, engine = self.cfg, self.engine
+        last = when.last_step(cfg.trainer, self.order.steps_per_epoch)
+        began = since_process_start() if distributed.launched() else time.monotonic() - self._made
+        self.goodput = Goodput(self.output_dir / "goodput.json" if engine.is_main_process else None, began)
+        self.saver = Saver(engine, self.checkpoint_dir, cfg.checkpoint)
         resumed = self._resume()
-        self.engine.plan_updates(last)
-        outputs = sinks.build(self.cfg.logger, self.output_dir, resume=resumed)
-        info = sinks.run_info(to_dict(self.cfg), self.output_dir, distributed.world_size(), self.engine.global_step, last)
+        distributed.on_main(lambda: restarts.note_attempt(self.output_dir, engine.global_step, cfg.trainer.max_stuck_restarts))
+        engine.plan_updates(last)
+        outputs = sinks.build(cfg.logger, self.output_dir, resume=resumed)
+        info = sinks.run_info(to_dict(cfg), self.output_dir, distributed.world_size(), engine.global_step, last)
         exit_code = 1
         try:
             for sink in outputs:
                 sink.start(info)
-            with self._signals_end_training():
+            with signals.listening(self._asked), self._watchdog:
                 metrics = self._run(outputs, last)
             exit_code = 0
             return metrics
         except BaseException as error:
+            self.saver.join(_GRACE)
+            self._note_bad_batch(error)
             for callback in self.callbacks:
                 callback.on_exception(self, error)
+            if memory.is_out_of_memory(error):
+                raise memory.report(engine, error) from error
             raise
         finally:
+            self.goodput.write(now=True)
+            if engine.is_main_process:
+                log.info(self.goodput.summary())
             for sink in outputs:
                 sink.finish(exit_code)
 
     def _run(self, outputs: list[sinks.Sink], last: int | None) -> dict[str, float]:
         engine, cfg = self.engine, self.cfg
         meter = self._meter()
-        eval_due = _Periodic("trainer.eval_every", cfg.trainer.eval_every, self._position)
-        save_due = _Periodic("checkpoint.every", cfg.checkpoint.every, self._position)
+        self._periods = {
+            "eval": when.Periodic("trainer.eval_every", cfg.trainer.eval_every, self._position),
+            "save": when.Periodic("checkpoint.every", cfg.checkpoint.every, self._position),
+        }
         self._emit("on_fit_start")
+        if (cfg.trainer.nonfinite == "rollback" or cfg.trainer.spike) and not distributed.on_main(
+            lambda: checkpoint.latest(self.checkpoint_dir)
+        ):
+            self._save()  # something to go back to
         metrics: dict[str, float] = {}
-        previous: StepResult | None = None
+        result = previous = None
         began = time.monotonic() - self._seconds
         batches = self._batches(meter, last)
-        while not self.interrupted and not self._reached_end(last):
+        self.goodput.start()
+        while not self.interrupted and not when.is_over(cfg.trainer, last, self._position):
             batch = next(batches)
-            # rank 0's clock and any rank's signal reach all ranks in the collective that sums the loss
+            step = engine.global_step
+            if step in self._left_out:
+                engine.global_step += 1
+                continue
+            # rank 0's clock, any rank's signal and the end of a save reach all ranks in the collective that sums the loss
             elapsed = time.monotonic() - began if engine.is_main_process else 0.0
-            result = engine.train_step(batch, votes=(float(self._signalled), elapsed))
+            result = engine.train_step(batch, votes=(float(bool(self._asked)), elapsed, float(self.saver.ended), 1.0))
+            self._watchdog.beat(f"training step {step + 2}")
             meter.add(batch.size, result.device_count if _is_text(batch) else None)
             self._emit("on_step_end", result)
-            settled = result if engine.device.type == "cpu" else previous  # reading a step makes the host wait for it
-            if settled is not None:
-                self.interrupted, self._seconds = settled.votes[0] > 0, settled.votes[1]
+            settled, settled_step = (result, step) if engine.device.type == "cpu" else (previous, step - 1)  # reading a step waits for it
             previous = result
-            step = engine.global_step
-            ending = self.interrupted or self._reached_end(last)
-            if step == 1 or step % cfg.trainer.log_every == 0 or ending:
+            if settled is not None:
+                asked, self._seconds, saved, voters = settled.votes
+                self.interrupted = asked > 0
+                if saved == voters:
+                    self._settle_save()
+            bad = self._judge(result, step, settled, settled_step)
+            if bad is not None:
+                self._roll_back(bad)
+                batches, result, previous = self._batches(meter, last), None, None
+                self.goodput.start()
+                continue
+            if engine.global_step == 1 or engine.global_step % cfg.trainer.log_every == 0:
                 metrics = self._log(outputs, result, meter)
             with meter.pause():
-                if eval_due() or (ending and not self.interrupted and self.eval_data is not None):
+                if self._periods["eval"]():
                     metrics |= self._evaluate_and_log(outputs)
-                if save_due() or (ending and cfg.checkpoint.at_end):
-                    self._save(step)
+                if self._periods["save"]():
+                    self._save()
+        with meter.pause():
+            if result is not None:
+                if self._logged != engine.global_step:
+                    metrics |= self._log(outputs, result, meter)
+                if not self.interrupted and self.eval_data is not None and self._evaluated[0] != engine.global_step:
+                    metrics |= self._evaluate_and_log(outputs)
+            self._finish_saves(save=cfg.checkpoint.at_end and result is not None)
         engine.check_last_step()
         self._emit("on_fit_end")
         return metrics
@@ -150,7 +209,7 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
         while True:
-            with meter.data():
+            with meter.data(), self.goodput.during("data"):
                 _, batch = next(stream)
             yield batch
 
@@ -161,7 +220,7 @@ class Trainer:
         return Meter(
             distributed.world_size(),
             engine.device,
-            flops.count(engine.model, batch.inputs),
+            flops.count(engine.blueprint or engine.model, batch.inputs),
             device_peak(engine.device, cfg.precision.name, cfg.logger.peak_tflops),
         )
 
@@ -177,6 +236,9 @@ class Trainer:
         if engine.scaler.enabled:
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": engine.scaler.skipped}
         metrics |= meter.read()
+        metrics["goodput/ratio"] = self.goodput.ratio
+        self.goodput.write()
+        self._logged = engine.global_step
         self._emit("on_log", metrics)
         for sink in outputs:
             sink.log(engine.global_step, metrics)
@@ -202,6 +264,7 @@ class Trainer:
             if result.count:
                 total, count = total + result.loss * result.count, count + result.count
             text = _is_text(batch)
+            self._watchdog.beat("evaluating")
         metrics = {"eval/loss": total / count if count else math.nan}
         if text:
             metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
@@ -209,9 +272,19 @@ class Trainer:
         return metrics
 
     def _evaluate_and_log(self, outputs: list[sinks.Sink]) -> dict[str, float]:
-        metrics = self.evaluate()
+        step, options = self.engine.global_step, self.cfg.checkpoint
+        with self.goodput.during("evaluation"):
+            metrics = self.evaluate()
         for sink in outputs:
-            sink.log(self.engine.global_step, {"tokens": self.engine.tokens, **metrics})
+            sink.log(step, {"tokens": self.engine.tokens, **metrics})
+        self._evaluated = step, metrics
+        if options.best is not None:
+            if options.best not in metrics:
+                raise UserError(f"checkpoint.best={options.best}: no evaluation has it (there are: {', '.join(metrics)})")
+            value = metrics[options.best]
+            if self._best is None or (value < self._best if options.best_mode == "min" else value > self._best):
+                self._best = value
+                self._save()
         return metrics
 
     # ------------------------------------------------------------------ checkpoints
@@ -220,51 +293,128 @@ class Trainer:
     def checkpoint_dir(self) -> Path:
         return self.output_dir / "checkpoints"
 
-    def _save(self, step: int) -> None:
-        path = checkpoint.step_path(self.checkpoint_dir, step)
-        callbacks = [callback.state_dict() if hasattr(callback, "state_dict") else {} for callback in self.callbacks]
-        self.engine.save(path, {"data": self._data_identity(), "seconds": self._seconds, "callbacks": callbacks})
-        if self.cfg.checkpoint.keep is not None and self.engine.is_main_process:
-            checkpoint.prune(self.checkpoint_dir, self.cfg.checkpoint.keep)
-        self._emit("on_save", path)
+    def _save(self, wait: bool = False) -> None:
+        step = self.engine.global_step
+        if step == self._saved:
+            return
+        with self.goodput.during("checkpoint"):
+            self._settle_save()
+            callbacks = [callback.state_dict() if hasattr(callback, "state_dict") else {} for callback in self.callbacks]
+            extra = {
+                "data": self._data_identity(),
+                "seconds": self._seconds,
+                "callbacks": callbacks,
+                "metrics": self._evaluated[1] if self._evaluated[0] == step else {},
+                "best": self._best,
+                "left_out": sorted(self._left_out),
+                "spike": self._spikes.state_dict(),
+                "goodput": self.goodput.state(),
+            }
+            self._watchdog.beat("saving")
+            self.saver.begin(step, extra, wait=wait)
+            self._saved = step
+            if not self.saver.options.async_save or wait:
+                self._settle_save()
+
+    def _settle_save(self) -> None:
+        """Learn, on all ranks together, how the save in flight ended; waits for it."""
+        if self.saver.busy:
+            with self.goodput.during("checkpoint"):
+                path = self.saver.settle()
+            if path is None:
+                self._saved = None
+                return
+            self._rollbacks = 0
+            self._emit("on_save", path)
+
+    def _finish_saves(self, save: bool) -> None:
+        """At the end of training a save that fails is an error: there is no later one."""
+        self._settle_save()
+        if save and self._saved != self.engine.global_step:
+            self._save(wait=True)
+            if self._saved is None:
+                raise checkpoint.CheckpointError("the last checkpoint could not be saved, see above; the one before it is the newest")
 
     def _resume(self) -> bool:
-        path = distributed.on_main(self._find_checkpoint)
-        if path is None:
-            return False
-        extra = self.engine.load(path)
-        for name, saved in extra["data"].items():
-            mine = self._data_identity()[name]
+        path, failed = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir)), False
+        while path is not None:
+            try:
+                self._restore(path)
+                return True
+            except checkpoint.CheckpointError as error:
+                kept, fault = path, error  # the names of an except clause end with it
+            distributed.on_main(lambda: resume.set_aside_if_damaged(kept, self.checkpoint_dir, fault))  # noqa: B023 - called at once
+            path, failed = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir)), True
+        if failed:
+            raise UserError(f"{self.checkpoint_dir}: its only checkpoint is damaged and was set aside; start again to train from the beginning")
+        return False
+
+    def _restore(self, path: Path) -> None:
+        extra = resume.checked_extra(self.engine.load(path), path)
+        for name, mine in self._data_identity().items():
+            saved = extra["data"].get(name)
             if saved != mine:
                 raise UserError(
                     f"resume={path}: saved with {name}={saved}, this job has {mine}; the data order would not continue. Restore it, or write resume=none"
                 )
         self._seconds = extra["seconds"]
-        for callback, state in zip(self.callbacks, extra["callbacks"], strict=False):
-            if state:
-                callback.load_state_dict(state)
+        self._best = extra.get("best")
+        self._left_out |= set(extra["left_out"])
+        self._spikes.load_state_dict(extra["spike"])
+        self._saved = self.engine.global_step if path.parent == self.checkpoint_dir else None
+        self.goodput.resumed(extra["goodput"])
+        for callback, kept in zip(self.callbacks, extra["callbacks"], strict=False):
+            if kept:
+                callback.load_state_dict(kept)
         if self.engine.is_main_process:
             log.info("resumed from %s at step %d", path, self.engine.global_step)
-        return True
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from: this job's own newest one before the one `resume` names, so that a restarted job goes on."""
-        own, asked = checkpoint.latest(self.checkpoint_dir), self.cfg.resume
-        if asked == "none":
-            if own is not None:
+    # ------------------------------------------------------------------ bad batches
+
+    def _judge(self, result: StepResult, step: int, settled: StepResult | None, settled_step: int) -> int | None:
+        """The step whose batch training must go back behind, if any. Ends training after too many."""
+        if result.skipped and (not self.engine.scaler.enabled or not math.isfinite(result.loss)):
+            self._record_batch(step, "not finite", loss=result.loss, grad_norm=result.grad_norm)
+            self._skipped += 1
+            if self.cfg.trainer.nonfinite == "rollback":
+                return step
+            if self._skipped > bad_batches.MOST_SKIPPED_IN_A_ROW:
                 raise UserError(
-                    f"resume=none, but {self.checkpoint_dir} holds checkpoints of an earlier run; write resume=auto to go on with it, or another output directory"
+                    f"step {step}: {self._skipped} steps in a row had a loss or gradient that is not finite (trainer.nonfinite=skip); "
+                    f"it is not the batches. Their samples are in {bad_batches.FILE_NAME}; lower optimizer.lr or go back to an earlier checkpoint"
                 )
             return None
-        if own is not None or asked == "auto":
-            return own
-        named = Path(asked)
-        found = named if (named / checkpoint.FILE_NAME).exists() else checkpoint.latest(named) or checkpoint.latest(named / "checkpoints")
-        if found is None:
+        self._skipped = 0
+        if settled is not None and self.cfg.trainer.spike and not settled.skipped and self._spikes.is_spike(settled.loss):
+            self._record_batch(settled_step, "spike", loss=settled.loss, grad_norm=settled.grad_norm)
+            return settled_step
+        return None
+
+    def _roll_back(self, step: int) -> None:
+        """Go on from the last checkpoint before `step`, and leave its batch out this time."""
+        self._settle_save()
+        self.goodput.restarting()
+        rollbacks = self._rollbacks + 1
+        if rollbacks > bad_batches.MOST_ROLLBACKS:
             raise UserError(
-                f"resume={asked}: no complete checkpoint there; write resume=auto, none, or the path of a step-... directory or of a run"
+                f"step {step}: went back {bad_batches.MOST_ROLLBACKS} times without reaching another checkpoint; it is not the batches. "
+                f"Their samples are in {bad_batches.FILE_NAME}; lower optimizer.lr or clip (trainer.clip_norm=1.0)"
             )
-        return found
+        self._left_out.add(step)
+        self._restore(distributed.on_main(lambda: resume.before(self.checkpoint_dir, step)))
+        self._rollbacks = rollbacks
+        for period in self._periods.values():
+            period.restart()
+        if self.engine.is_main_process:
+            log.warning("step %d: bad batch; gone back to step %d, and it is left out", step, self.engine.global_step)
+
+    def _note_bad_batch(self, error: BaseException) -> None:
+        if isinstance(error, NonFiniteError):
+            self._record_batch(error.step, "not finite")
+
+    def _record_batch(self, step: int, reason: str, **numbers: float) -> None:
+        if self.engine.is_main_process:
+            bad_batches.record(self.output_dir, step, reason, self.order.batch(step), **numbers)
 
     def _data_identity(self) -> dict[str, Any]:
         return {"data.global_batch": self.order.global_batch, "data.shuffle": self.order.shuffle, "len(train_data)": self.order.length}
@@ -280,74 +430,10 @@ class Trainer:
         step = self.engine.global_step
         return step if unit == "steps" else step / self.order.steps_per_epoch
 
-    def _last_step(self) -> int | None:
-        """The step at which training ends, where it can be told beforehand."""
-        trainer = self.cfg.trainer
-        ends = [trainer.max_steps] if trainer.max_steps is not None else []
-        if trainer.max_epochs is not None:
-            ends.append(math.ceil(trainer.max_epochs * self.order.steps_per_epoch))
-        if not ends and trainer.max_tokens is None and trainer.max_time is None:
-            raise ConfigError(["trainer: nothing says when to stop; write trainer.max_steps=1000 (or max_epochs, max_tokens, max_time)"])
-        return min(ends, default=None)
-
-    def _reached_end(self, last: int | None) -> bool:
-        trainer = self.cfg.trainer
-        return (
-            (last is not None and self.engine.global_step >= last)
-            or (trainer.max_tokens is not None and self.engine.tokens >= trainer.max_tokens)
-            or (trainer.max_time is not None and self._seconds >= parse_duration(trainer.max_time).value)
-        )
-
-    @contextmanager
-    def _signals_end_training(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for the end of training; a second SIGINT does not wait for the step."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self._signalled and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signalled = True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _emit(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             if hasattr(callback, event):
                 getattr(callback, event)(self, *args)
-
-
-class _Periodic:
-    """Says, asked once a step, whether another period (`500`, `1ep`, `10Mtok`, `30min`) is over."""
-
-    def __init__(self, key: str, text: str | None, position: Callable[[str], float]):
-        self.duration: Duration | None = _duration(key, text) if text else None
-        self.position = position
-        self._advance()
-
-    def _advance(self) -> None:
-        if self.duration:
-            periods = math.floor(self.position(self.duration.unit) / self.duration.value + 1e-9)
-            self.next = (periods + 1) * self.duration.value
-
-    def __call__(self) -> bool:
-        if self.duration is None or self.position(self.duration.unit) < self.next - 1e-9:
-            return False
-        self._advance()
-        return True
-
-
-def _duration(key: str, text: str) -> Duration:
-    try:
-        return parse_duration(str(text))
-    except UserError as error:
-        raise ConfigError([f"{key}: {error}"]) from None
 
 
 def _dataset(dataset: Any, name: str) -> Any:

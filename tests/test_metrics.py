@@ -327,3 +327,20 @@ class TestEnvironment:
         assert len(commit) == 40
         (tmp_path / "file").write_text("b")
         assert env.git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_operations_are_counted_before_the_layout(tmp_path):
+    """Sharded weights change neither the count nor its source."""
+    from paratrain import api, config, spawn
+    from paratrain.loss import cross_entropy
+    from paratrain.models.gpt import GPT
+
+    def counted(strategy):
+        cfg = config.from_dict({"strategy": {"name": strategy}, "trainer": {"device": "cpu", "max_steps": 1}})
+        engine = api.setup(lambda: GPT(64, 16, layers=2, dim=32, heads=2), cross_entropy, cfg)
+        result = flops.count(engine.blueprint, torch.zeros(2, 16, dtype=torch.int64))
+        return result.full, result.source
+
+    (alone,) = spawn.run(counted, 1, "single")
+    assert alone[1] == "counted"
+    assert spawn.run(counted, 2, "fsdp") == spawn.run(counted, 2, "ddp") == [alone, alone]

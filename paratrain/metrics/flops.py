@@ -78,7 +78,7 @@ def count(model: nn.Module, inputs: Any) -> Flops:
     first = next(iter(_tensors(inputs)))
     tokens = first.shape[1] if first.ndim == 2 and not first.is_floating_point() else None
     try:
-        forward, backward, saved_forward, saved_backward = _run(_on_meta(model).train(), _map(inputs, _meta))
+        forward, backward, saved_forward, saved_backward = _run(on_meta(model).train(), _map(inputs, _meta))
     except Exception as error:  # whatever a user's forward raises when it has no data
         flops = _estimate(model, tokens, f"{type(error).__name__}: {error}".splitlines()[0])
         log.warning("FLOPs are estimated as 6N, not counted: the model does not run on the meta device (%s)", flops.reason)
@@ -151,7 +151,8 @@ def _bind(args: tuple, kwargs: Mapping[str, Any], names: tuple[str, ...]) -> dic
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the structure of `model`, with meta tensors for its parameters and buffers."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in _tensors(list(vars(module).values())):
