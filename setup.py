@@ -29,6 +29,8 @@ setup(
         "deepspeed": ["deepspeed"],
         "fairscale": ["fairscale"],
         "hf": ["datasets", "transformers", "pyarrow"],
+        "optim": ["pytorch-optimizer"],
+        "fp8": ["torchao"],
         "tensorboard": ["tensorboard"],
         "bench": ["accelerate", "lightning"],
         "dev": [
@@ -41,6 +43,8 @@ setup(
             "scikit-learn",
             "tensorboard",
             "datasets",
+            "pytorch-optimizer",
+            "torchao",
             "pyarrow",
         ],
     },

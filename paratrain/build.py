@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "fused")  # keys of our own schema, which `optim.build` passes on where the class has them
 
+_INSTALL = {  # packages that shipped configurations name and that do not come with paratrain
+    "pytorch_optimizer": "run: pip install 'paratrain[optim]'",
+    "apex": (
+        "it is on no package index, so build it where nvcc is: pip install -v --no-build-isolation "
+        "--config-settings '--build-option=--cpp_ext --cuda_ext' git+https://github.com/NVIDIA/apex; "
+        "or write optimizer=adamw optimizer.fused=true, torch's own fused kernel"
+    ),
+}
+
 
 def locate(path: str, key: str = "_target_") -> Any:
     """What the dotted path names: a class, function or other attribute of a module, or a module.
@@ -52,6 +61,8 @@ def _import_prefix(parts: list[str], path: str, key: str) -> tuple[Any, list[str
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             if module is None:
+                if parts[0] in _INSTALL:
+                    raise UserError(f"{key}: {path!r} needs {parts[0]}, which is not installed; {_INSTALL[parts[0]]}") from None
                 near = did_you_mean(parts[0], {info.name for info in pkgutil.iter_modules()})
                 raise UserError(f"{key}: {path!r}: there is no module {parts[0]!r}{near} (searched: sys.path)") from None
             return module, parts[done - 1 :]
@@ -152,11 +163,13 @@ def _nested_faults(value: Any, key: str) -> Iterator[Fault]:
 
 
 def _optimizer_faults(cfg: Config) -> Iterator[Fault]:
-    own = ("_target_", "lr", "weight_decay", "no_decay", "fused", "groups")
+    own = ("_target_", "lr", "weight_decay", "no_decay", "fused", "groups", "others")
     sections = [("optimizer", cfg.optimizer.target, list(cfg.optimizer.args))]
     for i, group in enumerate(cfg.optimizer.groups):
         options = [name for name in group.options if name != "_target_"]
         sections.append((f"optimizer.groups.{i}", group.options.get("_target_", cfg.optimizer.target), options))
+    others = [name for name in cfg.optimizer.others if name != "_target_"]
+    sections.append(("optimizer.others", cfg.optimizer.others.get("_target_", "torch.optim.AdamW"), others))
     for key, path, names in sections:
         found, missing = _found(path, f"{key}._target_")
         if missing is not None:

@@ -1,5 +1,8 @@
-"""Optimizers from a config (`build`) and learning-rate schedules as pure functions of the step (`schedules`)."""
+"""Optimizers from a config (`build`), and learning-rate schedules as pure functions of the step (`schedules`)."""
 
 from paratrain.optim.build import build
+from paratrain.optim.low_bit import LowBitAdamW
+from paratrain.optim.matrix import SOAP, Muon, Shampoo
+from paratrain.optim.offload import OffloadedAdamW
 
-__all__ = ["build"]
+__all__ = ["SOAP", "LowBitAdamW", "Muon", "OffloadedAdamW", "Shampoo", "build"]

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from paratrain.build import locate
 from paratrain.config import Optimizer as OptimizerConfig
 from paratrain.errors import ConfigError
+from paratrain.optim.gathered import gathered, needs_gathering
 
 
 def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -38,15 +40,21 @@ def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
             for pattern in patterns
             if not any(fnmatchcase(name, pattern) for name in params)
         ]
-    grouped: dict[tuple[int | None, bool, Any], list[str]] = {}
+    left_over = not_matrices(model) if getattr(locate(options.target, key="optimizer._target_"), "matrices_only", False) else set()
+    if options.others and not left_over:
+        problems.append(f"optimizer.others: {options.target} updates every parameter; leave it out, or write optimizer.groups")
+    grouped: dict[tuple[int | None, bool, Any, bool], list[str]] = {}
     for name in params:
         rule = next((i for i, (patterns, _) in enumerate(rules) if any(fnmatchcase(name, p) for p in patterns)), None)
         decays = name not in exempt or (rule is not None and "weight_decay" in rules[rule][1])
         mesh = getattr(params[name], "device_mesh", None)  # one kernel cannot update a mix of meshes
-        grouped.setdefault((rule, decays, mesh), []).append(name)
+        other = name in left_over and (rule is None or "_target_" not in rules[rule][1])
+        grouped.setdefault((None if other else rule, decays, mesh, other), []).append(name)
     by_class: dict[str, list[dict[str, Any]]] = {}
-    for (rule, decays, _), names in grouped.items():
+    for (rule, decays, _, other), names in grouped.items():
         settings = {"_target_": options.target, **base, **(rules[rule][1] if rule is not None else {})}
+        if other:
+            settings = {"_target_": "torch.optim.AdamW", "lr": options.lr, "weight_decay": options.weight_decay, **options.others}
         if not decays:
             settings["weight_decay"] = 0.0
         target = settings.pop("_target_")
@@ -54,7 +62,11 @@ def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
     optimizers = [_construct(target, groups, options.fused, problems) for target, groups in by_class.items()]
     if problems:
         raise ConfigError(problems)
-    return [optimizer for optimizer in optimizers if optimizer is not None]
+    built = [optimizer for optimizer in optimizers if optimizer is not None]
+    for optimizer in built:
+        if hasattr(optimizer, "train"):  # schedule-free ones refuse to step before
+            optimizer.train()
+    return built
 
 
 def undecayed(model: nn.Module) -> set[str]:
@@ -65,6 +77,18 @@ def undecayed(model: nn.Module) -> set[str]:
         for leaf, param in module.named_parameters(recurse=False)
         if param.ndim < 2 or leaf.endswith("bias") or "norm" in type(module).__name__.lower()
     }
+
+
+def not_matrices(model: nn.Module) -> set[str]:
+    """Names of the parameters that an optimizer of matrices leaves to `optimizer.others`.
+
+    Vectors; embeddings, with what is tied to them; and the output layer, which is the last Linear: the rows of both are tokens or
+    classes, each with a scale of its own (Jordan et al. 2024).
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    apart = {param for module in (*tables, *linear[-1:]) for param in module.parameters(recurse=False)}
+    return {name for name, param in model.named_parameters() if param.ndim < 2 or param in apart}
 
 
 def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, problems: list[str]) -> torch.optim.Optimizer | None:
@@ -78,8 +102,11 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
                 continue
             problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(list(accepted)[1:])})")
     kwargs: dict[str, Any] = {}
-    if "fused" in accepted:
+    sharded = any(isinstance(p, DTensor) for g in groups for p in g["params"])
+    if "fused" in accepted and not (sharded and cls not in (torch.optim.Adam, torch.optim.AdamW)):
         kwargs["fused"] = fused if fused is not None else all(p.is_floating_point() for g in groups for p in g["params"])
+    elif fused and sharded:
+        problems.append(f"optimizer.fused: torch has no fused kernel of {target} for sharded weights; leave optimizer.fused out")
     elif fused:
         problems.append(f"optimizer.fused: {target} has no fused kernel; leave optimizer.fused out")
     if problems:
@@ -87,8 +114,17 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
     for group in groups:
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
+    if needs_gathering(cls, [param for group in groups for param in group["params"]]):
+        cls = gathered(cls)
     try:
-        return cls(groups, **kwargs)
+        for group in groups:  # torch checks what its constructor is given, not what groups say
+            cls(
+                [nn.Parameter(torch.zeros(2, 2))], **{name: value for name, value in group.items() if name in accepted and name != "params"}
+            )
+        optimizer = cls(groups, **kwargs)
+        for name in sorted({name for group in groups for name in group} - optimizer.defaults.keys() - {"params", "param_names", *accepted}):
+            problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(optimizer.defaults)})")
+        return optimizer
     except (TypeError, ValueError, RuntimeError) as error:
         problems.append(f"optimizer: {target} refused its arguments: {error}")
         return None
