@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +30,11 @@ class LocalBatch(NamedTuple):
     largest: int
 
 
-def shares(size: int, ranks: int) -> list[tuple[int, int]]:
-    """The run (start, stop) of samples of each rank: the first `size % ranks` ranks hold one more (`torch.tensor_split`)."""
-    small, extra = divmod(size, ranks)
-    starts = [rank * small + min(rank, extra) for rank in range(ranks + 1)]
-    return list(pairwise(starts))
+def span(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and last + 1 of the samples of a batch of `size` that `rank` holds, by the rule of `torch.tensor_split`."""
+    share, rest = divmod(size, ranks)
+    first = rank * share + min(rank, rest)
+    return first, first + share + (rank < rest)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
@@ -73,11 +72,10 @@ def local(batch: tuple[Any, Any], rank: int, ranks: int) -> LocalBatch:
     """The share of `rank` in a global batch (inputs, targets)."""
     inputs, targets = pair(batch)
     size = samples((inputs, targets))
-    runs = shares(size, ranks)
-    start, stop = runs[rank]
+    start, stop = span(size, rank, ranks)
     real = stop - start
     start, stop = (start, stop) if real else (0, 1)
-    return LocalBatch(take(inputs, start, stop), take(targets, start, stop), size, real, runs[0][1])
+    return LocalBatch(take(inputs, start, stop), take(targets, start, stop), size, real, span(size, 0, ranks)[1])
 
 
 def as_local(batch: LocalBatch | tuple[Any, Any]) -> LocalBatch:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from paratrain.batch import LocalBatch
-from paratrain.data import Order, loader, map_style, span
+from paratrain.batch import LocalBatch, span
+from paratrain.data import Order, loader, map_style
 from paratrain.data.order import permute
 from paratrain.errors import UserError
 

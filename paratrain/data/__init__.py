@@ -13,11 +13,11 @@ from typing import Any
 
 from paratrain.config import CustomData, Data, HFData, StdlibData, SyntheticData, TextData
 from paratrain.data.loader import loader, map_style
-from paratrain.data.order import Order, span
+from paratrain.data.order import Order
 from paratrain.data.tokenizers import Tokenizer
 from paratrain.errors import UserError
 
-__all__ = ["Order", "Tokenizer", "build", "loader", "map_style", "span", "tokenizer"]
+__all__ = ["Order", "Tokenizer", "build", "loader", "map_style", "tokenizer"]
 
 
 def build(data: Data, seed: int) -> tuple[Any, Any | None]:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from paratrain.batch import LocalBatch
-from paratrain.data.order import Order, span
+from paratrain.batch import LocalBatch, span
+from paratrain.data.order import Order
 from paratrain.distributed import seed_for
 from paratrain.errors import UserError
 

@@ -50,13 +50,6 @@ class Order:
         return (permute(positions, self.length, self.seed, self.epoch(step)) if self.shuffle else positions).tolist()
 
 
-def span(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """First and last + 1 of the samples of a batch of `size` that `rank` holds, by the rule of `torch.tensor_split`."""
-    share, rest = divmod(size, ranks)
-    first = rank * share + min(rank, rest)
-    return first, first + share + (rank < rest)
-
-
 def permute(positions: np.ndarray, length: int, *key: int) -> np.ndarray:
     """Where a pseudorandom permutation of range(length), chosen by `key`, sends `positions`.
 
