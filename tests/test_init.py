@@ -247,7 +247,7 @@ def test_pretrained(tmp_path, files):
         save_file(wrong, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=r"blocks\.0\.attention_norm\.weight.*block\.0"):
             setup(other, token_loss, config(memory=Memory(pretrained=str(tmp_path))))
-        with pytest.raises(UserError, match="expected a .safetensors file"):
+        with pytest.raises(UserError, match=r"expected a \.safetensors file"):
             setup(other, token_loss, config(memory=Memory(pretrained=str(tmp_path / "nothing"))))
         save_file(saved | {"embed.weight": torch.zeros(VOCAB, 8)}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=r"embed\.weight has shape \(17, 8\), the model wants \(17, 16\)"):

@@ -5,16 +5,17 @@ Randomness is replayed and buffers are left alone the second time, so the step i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from paratrain.config import Config
+from paratrain.errors import UserError
 
 _ATEN = torch.ops.aten
 _EXPENSIVE = {  # compute grows faster than the result: keep these, recompute the rest (Korthikanti et al., 2022, section 5)
@@ -31,27 +32,47 @@ _EXPENSIVE = {  # compute grows faster than the result: keep these, recompute th
 
 
 def apply(blocks: Sequence[tuple[str, nn.Module]], cfg: Config) -> None:
-    """Make every `memory.recompute_every`-th block recompute, in place; names of parameters stay."""
+    """Make every `memory.recompute_every`-th block recompute, in place; names of parameters stay.
+
+    Raises:
+        UserError: when buffers would be updated twice, since compiled code cannot exchange them.
+    """
     if cfg.memory.recompute == "none":
         return
-    for _, block in blocks[:: cfg.memory.recompute_every]:
-        cls = type(block)
-        block.__class__ = type(f"Recomputed{cls.__name__}", (_Recomputed, cls), {"selective": cfg.memory.recompute == "selective"})
+    made: dict[tuple[type, bool], type] = {}  # blocks of one class stay so, and share what is compiled
+    for name, block in blocks[:: cfg.memory.recompute_every]:
+        updated = [f"{name}.{buffer}" for buffer in block.state_dict() if buffer in dict(block.named_buffers())]
+        if updated and cfg.compile is not False:
+            raise UserError(
+                f"memory.recompute={cfg.memory.recompute} with compile: block {name!r} has state other than parameters ({updated[0]}), which the "
+                "second forward would update again; write compile=false or memory.recompute=none"
+            )
+        kind = type(block), bool(updated)
+        if kind not in made:
+            options = {"_selective": cfg.memory.recompute == "selective", "_updates_buffers": bool(updated)}
+            made[kind] = type(f"Recomputed{kind[0].__name__}", (_Recomputed, kind[0]), options)
+        block.__class__ = made[kind]
 
 
 class _Recomputed(nn.Module):
-    selective: bool
+    _selective: bool
+    _updates_buffers: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         run = partial(super().forward, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True, context_fn=partial(_contexts, self, self.selective))
+        if not (self._selective or self._updates_buffers):
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
+        contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)
+        if self._updates_buffers:
+            contexts = partial(_with_scratch_buffers, self, contexts)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
-def _contexts(block: nn.Module, selective: bool) -> tuple[Any, Any]:
-    forward, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
-    return forward, _both(again, _scratch_buffers(block)) if any(True for _ in block.buffers()) else again
+def _with_scratch_buffers(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    forward, again = contexts()
+    return forward, _scratch_buffers(block, again)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -59,19 +80,14 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 @contextmanager
-def _both(first: Any, second: Any) -> Iterator[None]:
-    with first, second:
-        yield
-
-
-@contextmanager
-def _scratch_buffers(block: nn.Module) -> Iterator[None]:
+def _scratch_buffers(block: nn.Module, again: Any) -> Iterator[None]:
     """Let the second forward update copies of the buffers: running statistics have seen this batch already."""
     kept = [(module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items() if buffer is not None]
     for module, name, buffer in kept:
         module._buffers[name] = buffer.clone()
     try:
-        yield
+        with again:
+            yield
     finally:
         for module, name, buffer in kept:
             module._buffers[name] = buffer
