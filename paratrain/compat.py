@@ -77,3 +77,79 @@ def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor
         for param in empty:
             param._unsharded_param.grad = torch.zeros(param._unsharded_param.shape, dtype=param._unsharded_param.dtype, device=group.device)
     post_backward(*args)
+
+
+def recent_collectives() -> list[dict[str, Any]]:
+    """What torch's flight recorder holds of this process, oldest first: empty unless TORCH_FR_BUFFER_SIZE was set before the group was made."""
+    import json
+
+    try:
+        from torch._C._distributed_c10d import _dump_fr_trace_json
+
+        return json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
+    except (ImportError, RuntimeError, TypeError, ValueError):
+        return []
+
+
+def plain_functions() -> Any:
+    """A context in which tensor subclasses are plain tensors to `__torch_function__`."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def pipeline_orders(schedule: str, ranks: int, stages: int, micro_batches: int) -> list[list[tuple[str, int, int]]]:
+    """What each rank computes in a step under a schedule of torch.distributed.pipelining: (F, B, I or W, stage, micro-batch), in order.
+
+    The schedules keep it in `pipeline_order`, which has no public twin.
+    """
+    from types import SimpleNamespace
+
+    from torch.distributed.pipelining import schedules
+
+    # Only the numbers of a stage are looked at before a step runs.
+    held = [SimpleNamespace(num_stages=stages, group_size=ranks, group_rank=0, stage_index=i, submod=None) for i in range(stages // ranks)]
+    made = schedules.get_schedule_class(schedule)(held, micro_batches, loss_fn=len)
+    rows = []
+    for rank in range(ranks):
+        actions = [part for action in made.pipeline_order[rank] if action is not None for part in action.sub_actions or (action,)]
+        rows.append(
+            [(str(a.computation_type.value), a.stage_index, a.microbatch_index) for a in actions if a.computation_type.value in "FBIW"]
+        )
+    return rows
+
+
+def with_transfers(orders: Sequence[Sequence[tuple[str, int, int]]], rank_of: Sequence[int]) -> list[list[tuple[str, int, int]]]:
+    """`orders` with SEND_F, RECV_F, SEND_B and RECV_B put in where no two ranks can wait for each other."""
+    from torch.distributed.pipelining import schedules
+
+    kind = schedules._ComputationType
+    actions = {rank: [schedules._Action(stage, kind(name), micro) for name, stage, micro in row] for rank, row in enumerate(orders)}
+    lowered = schedules._add_send_recv({rank: row for rank, row in actions.items() if row}, lambda stage: rank_of[stage], len(rank_of))
+    return [[(str(a.computation_type.value), a.stage_index, a.microbatch_index) for a in lowered.get(rank, [])] for rank in actions]
+
+
+def backward_of_inputs(outputs: list[torch.Tensor], grads: list[Any] | None, inputs: list[torch.Tensor], weights: Any) -> Any:
+    """Gradients of `inputs` alone, into their `.grad`; returns what `backward_of_weights` needs to go on."""
+    from torch.distributed.pipelining._backward import stage_backward_input
+
+    return stage_backward_input(outputs, grads, inputs, iter(weights))[1]
+
+
+def backward_of_weights(weights: Any, rest: Any) -> None:
+    """Gradients of `weights`, into their `.grad`, after `backward_of_inputs`."""
+    from torch.distributed.pipelining._backward import stage_backward_weight
+
+    stage_backward_weight(iter(weights), rest)
+
+
+def finish_backward(module: Any) -> None:
+    """Reduce the gradients that the parameter groups of a `fully_shard` module have kept from reduction, and free the gathered weights.
+
+    torch's own pipeline stages do the same (`perform_reduce_grad`).
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)
+    for member in state._state_ctx.all_states:
+        for group in member._fsdp_param_groups if hasattr(member, "_fsdp_param_groups") else filter(None, [member._fsdp_param_group]):
+            group.post_backward()
+    state._root_post_backward_final_callback()

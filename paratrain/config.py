@@ -162,6 +162,26 @@ class LossScale:
     growth_interval: int = key(2000, "good steps in a row before the scale grows", minimum=1)
     min: float = key(1.0, "floor; an overflow at the floor is an error", minimum=0.0)
     max: float = key(2.0**24, "ceiling", minimum=1.0)
+    dynamic: bool = key(True, "false: the scale stays at `init`, and steps that overflow are skipped")
+    hysteresis: int = key(1, "overflows, without growth in between, before the scale shrinks", minimum=1)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Modules that leave float16 where it fails, and return to it when it can (see docs/precision.md)."""
+
+    policy: Literal["off", "monitor", "module", "global"] = key(
+        "off",
+        "monitor only measures; module moves the modules that fail, and the whole model after `max_moved`; global always the whole model",
+    )
+    to: Literal["fp32", "bf16"] = key("fp32", "compute dtype of what leaves half")
+    every: int = key(20, "steps between readings; the step after an overflow is read too", minimum=1)
+    high: float = key(0.5, "a module leaves half when its activations exceed this fraction of float16's largest number", minimum=0.0)
+    low: float = key(0.125, "it may return once they stay below this fraction", minimum=0.0)
+    calm: int = key(500, "steps before a module tries half again; doubles with each relapse", minimum=1)
+    max_underflow: float = key(0.5, "fraction of a module's gradients below float16's normal numbers that is too much", minimum=0.0)
+    patience: int = key(3, "readings in a row with such underflow before the floor of the loss scale is raised", minimum=1)
+    max_moved: float = key(0.5, "fraction of the modules out of half after which the whole model leaves it", minimum=0.0)
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,7 @@ class Precision:
     name: Literal["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"] = key("32-true", "dtype of weights and of compute")
     loss_scale: LossScale | None = key(None, "dynamic loss scaling; only for 16-mixed, where it is required")
     reduce_dtype: Literal["fp32", "grad"] = key("fp32", "dtype in which low-precision gradients are reduced over ranks")
+    fallback: Fallback = key(Fallback(), "what half precision does where it fails; only for 16-mixed")
 
 
 @dataclass(frozen=True)
@@ -301,9 +322,12 @@ class Trainer:
         "a loss or gradient that is not finite (beyond what a loss scale mends): raise ends training; skip leaves the weights as they are; "
         "rollback goes back to the last checkpoint and leaves the batch out. Its samples are written to bad_batches.jsonl",
     )
-    spike: Spike | None = key(None, "loss spikes: null ignores them; {} or {sigmas: 8} goes back to the last checkpoint and leaves the batch out")
+    spike: Spike | None = key(
+        None, "loss spikes: null ignores them; {} or {sigmas: 8} goes back to the last checkpoint and leaves the batch out"
+    )
     step_timeout: Time | None = key(
-        "15min", "a step after the first that takes longer is a hang: stacks are written to hang/ and the process ends with code 76; null: wait"
+        "15min",
+        "a step after the first that takes longer is a hang: stacks are written to hang/ and the process ends with code 76; null: wait",
     )
     max_stuck_restarts: int = key(3, "restarts by torchrun in a row that may begin at one step before the job gives up", minimum=1)
     log_every: int = key(10, "steps between log lines", minimum=1)
@@ -349,7 +373,9 @@ class Checkpoint:
         True, "write while training goes on; it waits only for a copy to host memory, which needs as much memory as the rank's state"
     )
     max_failures: int = key(3, "failed saves in a row that stop training", minimum=1)
-    remote: str | None = key(None, "also copy every checkpoint there, and resume from there where the output directory has none: s3://bucket/run")
+    remote: str | None = key(
+        None, "also copy every checkpoint there, and resume from there where the output directory has none: s3://bucket/run"
+    )
 
 
 @dataclass(frozen=True)
@@ -479,7 +505,20 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
 
 
 def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
-    name, scale = cfg.precision.name, cfg.precision.loss_scale
+    name, scale, fallback = cfg.precision.name, cfg.precision.loss_scale, cfg.precision.fallback
+    if fallback.policy != "off":
+        if name != "16-mixed":
+            reason = (
+                f"{fallback.policy}, but precision.name={name} has float32's range, or is float32; write precision=fp16, or leave it out"
+            )
+            yield Fault("precision.fallback.policy", reason), ("precision.name",)
+        if cfg.parallel.pp > 1:
+            yield Fault("precision.fallback.policy", "stages of a pipeline have other modules each; write parallel.pp=1"), ("parallel.pp",)
+        if fallback.policy != "monitor" and isinstance(cfg.strategy, Sharded) and cfg.strategy.param_dtype == "compute":
+            reason = "modules that leave half need weights in float32, which strategy.param_dtype=compute does not gather; write master"
+            yield Fault("precision.fallback.policy", reason), ("strategy.param_dtype",)
+        if not fallback.low < fallback.high:
+            yield Fault("precision.fallback.low", f"must be below high={fallback.high:g}, or modules would go to and fro"), ()
     if scale is None:
         if name == "16-mixed":
             reason = "required with 16-mixed, whose small gradients vanish without it; write precision=fp16"

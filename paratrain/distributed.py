@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from paratrain.errors import UserError
 
 _HANDSHAKE = "paratrain"
+_PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 
@@ -137,6 +140,8 @@ def init(device: torch.device, timeout: timedelta) -> None:
     """
     if dist.is_initialized():
         return
+    die_with_launcher()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps, for the report of a hang
     if device.type == "cuda":
         torch.cuda.set_device(device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -148,6 +153,17 @@ def init(device: torch.device, timeout: timedelta) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=timeout,
     )
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when torchrun dies: its workers are in sessions of their own and would train on, unseen."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        raise UserError("the launcher died while this process started")
 
 
 def seed_for(*parts: int) -> int:

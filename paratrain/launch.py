@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from paratrain.faults import INTERRUPTED
 from paratrain.job import FILE, MISTAKE, RESULT
 
 COMMAND = "PARATRAIN_LAUNCH"  # environment variable: torchrun's arguments, program included, as JSON
@@ -26,11 +27,16 @@ def launch(arguments: list[str]) -> int:
     Args:
         arguments: as torchrun takes them.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    if not any(text.startswith(("--signals-to-handle", "--signals_to_handle")) for text in arguments):
+        arguments = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *arguments]  # or SIGUSR1 kills torchrun alone
     try:
         main(arguments)
+    except SignalException:
+        return INTERRUPTED  # the workers were told, and had time for a checkpoint
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != MISTAKE:

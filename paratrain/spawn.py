@@ -239,7 +239,7 @@ def _stacks(pids: dict[int, int], scratch: Path) -> dict[int, str]:
     files = {rank: scratch / f"{rank}.stack" for rank in pids}
     for pid in pids.values():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR2)
     previous, patience = None, time.monotonic() + 1.0
     while time.monotonic() < patience:
         time.sleep(0.05)
@@ -311,7 +311,7 @@ def _work(pipe: Connection) -> None:
     os.environ.update(env)
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, file=open(f"{scratch}/{rank}.stack", "w"), all_threads=True)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR2, file=open(f"{scratch}/{rank}.stack", "w"), all_threads=True)  # noqa: SIM115
     try:
         os.chdir(directory)
         sys.path[:] = path

@@ -235,6 +235,9 @@ class Trainer:
         }
         if engine.scaler.enabled:
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": engine.scaler.skipped}
+            metrics["train/loss_scale_changes"] = engine.scaler.changes
+        if engine.fallback:
+            metrics |= engine.fallback.metrics()
         metrics |= meter.read()
         metrics["goodput/ratio"] = self.goodput.ratio
         self.goodput.write()
@@ -346,7 +349,9 @@ class Trainer:
             distributed.on_main(lambda: resume.set_aside_if_damaged(kept, self.checkpoint_dir, fault))  # noqa: B023 - called at once
             path, failed = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir)), True
         if failed:
-            raise UserError(f"{self.checkpoint_dir}: its only checkpoint is damaged and was set aside; start again to train from the beginning")
+            raise UserError(
+                f"{self.checkpoint_dir}: its only checkpoint is damaged and was set aside; start again to train from the beginning"
+            )
         return False
 
     def _restore(self, path: Path) -> None:

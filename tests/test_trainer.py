@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import torch
 from reference import LENGTH, VOCAB, Tiny, token_loss
 from torch import nn
 
+from paratrain import checkpoint, data
 from paratrain.callbacks import Callback
-from paratrain.config import Checkpoint, Config, Logger, LossScale, Optimizer, Precision, Scheduler, SyntheticData
+from paratrain.checkpoint import saver
+from paratrain.config import Checkpoint, Config, Logger, LossScale, Optimizer, Precision, Scheduler, Spike, SyntheticData
 from paratrain.config import Trainer as TrainerConfig
 from paratrain.errors import ConfigError, UserError
 from paratrain.spawn import run
@@ -220,10 +224,11 @@ def test_callbacks(tmp_path):
     cfg = config(tmp_path)
     with pytest.raises(RuntimeError):
         fit(cfg, [Watch(), Stop(5, "crash")])
-    assert seen == ["start", "step-000002", "step-000004", "RuntimeError"]
+    assert seen in (["start", "step-000002", "step-000004", "RuntimeError"], ["start", "step-000002", "RuntimeError"])
+    seen.clear()
     fit(cfg, [Watch()])
     assert [line["mine/count"] for line in lines(tmp_path)] == list(range(1, 10))
-    assert seen[4:] == ["start", "step-000006", "step-000008", "step-000009", "end"]
+    assert seen == ["start", "step-000006", "step-000008", "step-000009", "end"]
 
     class Typo(Callback):
         def on_step_ends(self, trainer, result):
@@ -248,6 +253,11 @@ def test_keep_and_resume_choices(tmp_path):
     longer = replace(
         cfg, output_dir=str(tmp_path / "c"), resume=str(tmp_path), trainer=replace(cfg.trainer, max_steps=12), scheduler=Scheduler()
     )
+    with pytest.raises(
+        UserError, match=r"(?s)scheduler.name: 'cosine' -> 'constant'\n .*resume_force=\[scheduler.name,scheduler.warmup_steps\]"
+    ):
+        fit(longer)
+    longer = replace(longer, resume_force=["scheduler"])
     fit(longer)
     assert [line["step"] for line in lines(tmp_path / "c")] == [10, 11, 12]
 
@@ -260,3 +270,203 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         fit(config(tmp_path / "file" / "run"))
+
+
+def test_two_jobs_in_one_directory_are_refused_by_name(tmp_path):
+    """The lock of a live job holds, in whatever process; that of a dead one does not."""
+    from paratrain.checkpoint import lock
+
+    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))  # its holder died
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with lock.held(tmp_path):
+            os.write(writer, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    with pytest.raises(UserError, match=f"another job, process {child} on host {socket.gethostname()}, is writing there"):
+        fit(config(tmp_path))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    fit(config(tmp_path))
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_best_and_kept_checkpoints(tmp_path):
+    """`best` saves at evaluations that improve, and keeps that one; `keep_every` keeps its multiples."""
+
+    class Losses(Callback):
+        def on_eval_end(self, trainer, metrics):
+            metrics["eval/loss"] = {2: 3.0, 3: 1.0, 4: 2.0}.get(trainer.engine.global_step, 9.0)
+
+    options = Checkpoint(every="4", keep=1, keep_every=4, best="eval/loss")
+    cfg = config(tmp_path, checkpoint=options)
+    fit(replace(cfg, trainer=replace(cfg.trainer, eval_every="1")), [Losses()], eval_data=Tokens(3))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (3, 4, 8, 9)]
+    assert checkpoint.best(tmp_path / "checkpoints", "eval/loss", "min") == (1.0, 3)
+    assert checkpoint.read_meta(tmp_path / "checkpoints" / "step-000004")["extra"]["best"] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(damage, tmp_path, caplog):
+    whole = fit(config(tmp_path / "whole", scheduler=Scheduler()))
+    cfg = config(tmp_path / "hurt", scheduler=Scheduler())
+    fit(replace(cfg, trainer=replace(cfg.trainer, max_steps=6)))
+    newest = tmp_path / "hurt" / "checkpoints" / "step-000006"
+    name = "manifest.json" if damage == "manifest" else "rank-00000.safetensors"
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (newest / name).write_bytes(content[:-1] if damage == "truncate" else content)
+    resumed = fit(cfg)
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    assert f"set aside as .damaged-{newest.name}" in caplog.text
+    assert name in caplog.text
+    assert (newest.parent / f".damaged-{newest.name}" / name).exists()
+    assert [line["step"] for line in lines(tmp_path / "hurt")] == list(range(1, 10))
+
+
+def test_failed_saves_are_reported_and_several_end_training(tmp_path, monkeypatch, caplog):
+    """On both kinds of save; a success in between starts the count anew; the last one must succeed."""
+
+    def failing(when):
+        count = iter(range(100))
+
+        def save(*args, **kwargs):
+            if next(count) in when:
+                raise checkpoint.CheckpointError("No space left on device")
+            return real(*args, **kwargs)
+
+        return save
+
+    real = saver.save
+    for mode in (False, True):
+        directory = tmp_path / str(mode)
+        cfg = config(directory, checkpoint=Checkpoint(every="1", keep=None, async_save=mode, max_failures=3))
+        monkeypatch.setattr(saver, "save", failing({0, 1, 3, 4}))
+        fit(cfg)
+        assert "failed saves in a row: 2 of 3" in caplog.text
+        assert [step for step, _ in checkpoint.steps(directory / "checkpoints")] == [3, 6, 7, 8, 9]
+        monkeypatch.setattr(saver, "save", failing({0, 1, 2}))
+        with pytest.raises(checkpoint.CheckpointError, match="3 saves in a row failed"):
+            fit(replace(cfg, output_dir=str(directory / "b")))
+        monkeypatch.setattr(saver, "save", failing({8, 9}))
+        with pytest.raises(checkpoint.CheckpointError, match="the last checkpoint could not be saved"):
+            fit(replace(cfg, output_dir=str(directory / "c")))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    """Tensors alone, an engine's own save, and counters that cannot be true: named, on every rank, never a KeyError."""
+    path = tmp_path / "run" / "checkpoints" / "step-000003"
+
+    def body(change):
+        trainer = Trainer(config(tmp_path / "run"), Tiny, token_loss, Tokens())
+        meta = {"seed": 3, "engine": trainer.engine.counters(), "extra": {}}
+        for key, value in change.items():
+            (meta["engine"] if key in meta["engine"] else meta)[key] = value
+        names = {param: name for name, param in trainer.engine.model.named_parameters()}
+        tensors = {f"model/{name}": value for name, value in trainer.engine.model.state_dict().items()}
+        checkpoint.save(
+            path, tensors | checkpoint.optimizer_tensors(trainer.engine.optimizers, names), meta, {"rng": checkpoint.rng_state()}
+        )
+        with pytest.raises(checkpoint.CheckpointError) as error:
+            trainer.fit()
+        return str(error.value)
+
+    for change, message in [
+        ({"engine": {}}, "counters are not valid"),
+        ({"engine": None}, "not the state of a training run"),
+        ({"seed": "x"}, "not the state of a training run"),
+        ({"global_step": -1}, "counters are not valid"),
+        ({"counted": "many"}, "counters are not valid"),
+        ({"scaler": {"scale": None}}, "counters are not valid"),
+        ({}, "was not saved by a Trainer"),
+    ]:
+        assert all(message in text for text in run(body, 2, change))
+
+
+def test_bad_batches(tmp_path):
+    """raise names the samples; skip leaves the weights; rollback equals a run that never saw the batch; too many end training."""
+    poisoned = {"step": 5}
+    engines = []
+
+    def loss(outputs, targets):
+        total, count = token_loss(outputs, targets)
+        return total * (float("nan") if engines[-1].global_step == poisoned["step"] else 1.0), count
+
+    def go(name, policy, **options):
+        cfg = config(tmp_path / name, scheduler=Scheduler(), **options)
+        trainer = Trainer(replace(cfg, trainer=replace(cfg.trainer, nonfinite=policy)), build, loss, Tokens())
+        engines.append(trainer.engine)
+        trainer.fit()
+        return trainer.engine
+
+    samples = data.Order(21, 5, 3, True).batch(5)
+    with pytest.raises(UserError, match=r"step 5: the loss is nan.*trainer.nonfinite=raise"):
+        go("raise", "raise")
+    skipped, rolled = go("skip", "skip"), go("roll", "rollback")
+    for name in ("raise", "skip", "roll"):
+        bad = [json.loads(line) for line in (tmp_path / name / "bad_batches.jsonl").read_text().splitlines()]
+        assert [(line["step"], line["samples"]) for line in bad] == [(5, samples)]
+    assert (skipped.global_step, skipped.updates, rolled.updates) == (9, 8, 8)
+    assert all(torch.equal(value, skipped.full_state_dict()[name]) for name, value in rolled.full_state_dict().items())
+    assert [line["step"] for line in lines(tmp_path / "roll")] == [1, 2, 3, 4, 5, 5, 7, 8, 9]
+    poisoned["step"] = 0
+    assert go("first", "rollback", checkpoint=Checkpoint(every=None)).updates == 8
+
+
+def test_a_loss_spike_is_gone_back_behind(tmp_path):
+    engines = []
+
+    def loss(outputs, targets):
+        total, count = token_loss(outputs, targets)
+        return total * (50.0 if engines[0].global_step == 7 else 1.0), count
+
+    cfg = config(tmp_path, scheduler=Scheduler())
+    cfg = replace(cfg, trainer=replace(cfg.trainer, max_steps=12, spike=Spike(window=8, sigmas=20, min_steps=5)))
+    trainer = Trainer(cfg, Tiny, loss, Tokens())
+    engines.append(trainer.engine)
+    trainer.fit()
+    assert (trainer.engine.global_step, trainer.engine.updates) == (12, 11)
+    bad = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert [(line["reason"], line["step"], line["samples"]) for line in bad] == [("spike", 7, data.Order(21, 5, 3, True).batch(7))]
+
+
+def test_goodput_accounts_for_the_whole_time_over_restarts(tmp_path):
+    began = time.time()
+    cfg = config(tmp_path)
+    with pytest.raises(RuntimeError):
+        fit(cfg, [Stop(7, "crash")])
+    time.sleep(0.5)
+    fit(cfg)
+    kept = json.loads((tmp_path / "goodput.json").read_text())
+    wall = time.time() - began
+    seconds = kept["seconds"]
+    assert sum(seconds.values()) == pytest.approx(wall, abs=0.3)
+    assert seconds["restart"] > 0.5
+    assert all(seconds[cause] > 0 for cause in ("steps", "startup", "recomputed", "data", "checkpoint"))
+    ratios = [line["goodput/ratio"] for line in lines(tmp_path) if "goodput/ratio" in line]
+    assert ratios[-1] == pytest.approx(seconds["steps"] / sum(seconds.values()), abs=0.2)
+
+
+def test_out_of_memory_says_who_holds_what(tmp_path):
+    def loss(outputs, targets):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(UserError, match=r"(?s)step 0: out of memory on cpu.*weights .* GiB.*memory.recompute=full.*strategy=fsdp"):
+        Trainer(config(tmp_path), Tiny, loss, Tokens()).fit()
+
+
+def test_restarts_that_come_no_further_give_up(tmp_path, monkeypatch):
+    from paratrain.faults.restarts import note_attempt
+
+    for count in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        note_attempt(tmp_path, 40, 3)
+    note_attempt(tmp_path, 50, 3)
+    for _ in range(2):
+        note_attempt(tmp_path, 50, 3)
+    with pytest.raises(UserError, match="started 4 times in a row from step 50"):
+        note_attempt(tmp_path, 50, 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    note_attempt(tmp_path, 50, 3)

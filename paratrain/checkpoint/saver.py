@@ -1,0 +1,140 @@
+"""When and how a trainer's checkpoints are written: in the background, one at a time, with failures agreed on by all ranks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from paratrain import state
+from paratrain.checkpoint import remote
+from paratrain.checkpoint.directory import best, prune, read_meta, step_path
+from paratrain.checkpoint.manifest import CheckpointError
+from paratrain.checkpoint.storage import save, stage
+from paratrain.config import Checkpoint
+from paratrain.distributed import is_main_process
+
+if TYPE_CHECKING:
+    from paratrain.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the checkpoints of an engine into a directory, and deletes those that the options do not keep.
+
+    A save has two halves: `begin` copies the state to host memory, and a thread writes it, over a process group of its own.
+    `settle` is called on all ranks once the thread of each has ended, which they find out by voting (`ended`).
+
+    Args:
+        directory: gets step-000020/ and so on.
+        options: the `checkpoint` section.
+    """
+
+    def __init__(self, engine: Engine, directory: Path, options: Checkpoint):
+        self.engine, self.directory, self.options = engine, directory, options
+        self.failures = 0
+        self._group = dist.new_group(backend="gloo") if options.async_save and dist.get_world_size() > 1 else None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save was begun and not settled; the same on every rank."""
+        return self._path is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the save in flight has ended on this rank, well or not."""
+        return self.busy and not (self._thread and self._thread.is_alive())
+
+    def begin(self, step: int, extra: dict[str, Any], *, wait: bool) -> None:
+        """Save the state of the engine at `step`. Every rank must call it, with no save in flight.
+
+        Args:
+            extra: JSON values to keep with it.
+            wait: write before returning.
+        """
+        assert not self.busy
+        self.engine.check_last_step()
+        self._path, self._error, self._thread = step_path(self.directory, step), None, None
+        captured = state.capture(self.engine, extra)
+        if wait or not self.options.async_save:
+            self._write(captured, None)
+            return
+        staged = stage(captured.tensors, self._buffers)
+        self._thread = threading.Thread(target=self._write, args=(captured, staged), name="paratrain-save", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> Path | None:
+        """Wait for the save in flight; its path, or None when it failed and training may go on. Every rank must call it.
+
+        Raises:
+            CheckpointError: as many saves in a row failed as `checkpoint.max_failures` allows.
+        """
+        self.join()
+        path, error = self._path, self._error
+        self._path = self._error = self._thread = None
+        if error is None:
+            self.failures = 0
+            return path
+        if not isinstance(error, CheckpointError):
+            raise error
+        self.failures += 1
+        if self.failures >= self.options.max_failures:
+            raise CheckpointError(
+                f"{error}\n{self.failures} saves in a row failed (checkpoint.max_failures={self.options.max_failures})"
+            ) from error
+        if is_main_process():
+            log.error("%s\ntraining goes on; failed saves in a row: %d of %d", error, self.failures, self.options.max_failures)
+        return None
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the thread of the save in flight, for at most `seconds`."""
+        if self._thread:
+            self._thread.join(seconds)
+
+    def _write(self, captured: state.State, staged: dict[str, torch.Tensor] | None) -> None:
+        assert self._path is not None
+        try:
+            save(self._path, *captured, group=self._group, staged=staged)
+        except BaseException as error:
+            self._error = error
+            return
+        if is_main_process():
+            _attempt("old checkpoints could not be deleted", lambda: tidy(self.directory, self.options))
+            if self.options.remote:
+                to, path = self.options.remote, self._path
+                _attempt(f"the checkpoint was not copied to {to}", lambda: remote.upload(path, to, self.options))
+
+
+def tidy(directory: Path, options: Checkpoint) -> None:
+    """Delete the checkpoints that the options do not keep."""
+    if options.keep is None:
+        return
+    found = best(directory, options.best, options.best_mode) if options.best else None
+    every = options.keep_every
+
+    def protected(step: int) -> bool:
+        return (every is not None and step % every == 0) or (found is not None and step == found[1])
+
+    prune(directory, options.keep, protected)
+
+
+def config_of(path: Path) -> Any:
+    """The configuration kept in a checkpoint: to compare and to show, never to build from."""
+    return read_meta(path).get("config")
+
+
+def _attempt(failure: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:
+        log.warning("%s: %s", failure, error)

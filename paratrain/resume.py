@@ -1,0 +1,102 @@
+"""Where training goes on from: the newest sound checkpoint of this job, or the one the user names. Runs on rank 0."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from paratrain import checkpoint, drift
+from paratrain.checkpoint import CheckpointError, remote
+from paratrain.config import Config
+from paratrain.errors import UserError
+from paratrain.metrics.sinks import redact
+from paratrain.schema import to_dict
+
+log = logging.getLogger(__name__)
+
+
+def find(cfg: Config, directory: Path) -> Path | None:
+    """The checkpoint to go on from: this job's own newest one before the one `resume` names, so that a restarted job goes on.
+
+    Own checkpoints that are not whole are set aside. Call it under the lock of the output directory.
+
+    Args:
+        directory: this job's own checkpoints.
+
+    Raises:
+        UserError: there is none where there should be one, or one where there should be none; or the configuration has changed.
+    """
+    checkpoint.recover(directory)
+    own, asked = checkpoint.latest(directory), cfg.resume
+    if asked == "none":
+        if own is not None:
+            raise UserError(
+                f"resume=none, but {directory} holds checkpoints of an earlier run; write resume=auto to go on with it, or another output directory"
+            )
+        return None
+    for _, path, fault in checkpoint.incomplete(directory):
+        log.warning("%s is damaged (%s); set aside as %s", path, fault, checkpoint.set_aside(path).name)
+    if own is None and cfg.checkpoint.remote:
+        directory.mkdir(parents=True, exist_ok=True)
+        own = remote.download(cfg.checkpoint.remote, directory)
+    if own is None and asked != "auto":
+        named = Path(asked)
+        own = named if (named / checkpoint.FILE_NAME).exists() else checkpoint.latest(named) or checkpoint.latest(named / "checkpoints")
+        if own is None:
+            raise UserError(
+                f"resume={asked}: no complete checkpoint there; write resume=auto, none, or the path of a step-... directory or of a run"
+            )
+    if own is not None:
+        for line in drift.check(own, checkpoint.read_meta(own).get("config"), redact(to_dict(cfg)), cfg.resume_force):
+            log.info("changed since %s: %s", own.name, line)
+    return own
+
+
+def set_aside_if_damaged(path: Path, directory: Path, error: CheckpointError) -> None:
+    """After a load of `path` failed: rename it if it is one of this job's own and its bytes are not those that were written.
+
+    Raises:
+        CheckpointError: `error`, when it is sound and was refused for another reason, or is not ours to rename.
+    """
+    faults = checkpoint.check(path) if path.parent == directory else []
+    if not faults:
+        raise error
+    log.warning("%s is damaged (%s); set aside as %s", path, "; ".join(faults[:3]), checkpoint.set_aside(path).name)
+
+
+def before(directory: Path, step: int) -> Path:
+    """The newest checkpoint from which `step` can be done again; newer ones, which may hold its harm, are set aside.
+
+    Raises:
+        UserError: there is none.
+    """
+    for saved, path in reversed(checkpoint.steps(directory)):
+        if saved <= step:
+            return path
+        log.warning("%s is newer than what training goes back to; set aside as %s", path, checkpoint.set_aside(path, "abandoned").name)
+    raise UserError(f"step {step}: no checkpoint in {directory} to go back to; save more often (checkpoint.every)")
+
+
+def checked_extra(extra: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the trainer kept in a checkpoint, every field of the type it must have.
+
+    Raises:
+        CheckpointError: the trainer did not write it.
+    """
+    kinds: dict[str, Any] = {
+        "data": dict,
+        "seconds": (int, float),
+        "callbacks": list,
+        "metrics": dict,
+        "left_out": list,
+        "spike": list,
+        "goodput": dict,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(extra.get(name), kind)]
+    if wrong or not math.isfinite(extra["seconds"]) or not all(type(step) is int for step in extra["left_out"]):
+        raise CheckpointError(
+            f"resume={path}: it was not saved by a Trainer ({', '.join(wrong) or 'seconds, left_out'} missing or not valid)"
+        )
+    return extra
