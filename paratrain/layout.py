@@ -57,7 +57,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     units = blocks.find(model, cfg.memory.blocks)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
-    recompute.apply(units, cfg)
+    recompute.apply(units, model, cfg)
     compile.apply(units, model, cfg)
     if is_sharded(mesh, cfg):
         sharded = shard(model, units, mesh, cfg)

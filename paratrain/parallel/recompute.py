@@ -5,6 +5,7 @@ Randomness is replayed and buffers are left alone the second time, so the step i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from paratrain.config import Config
 from paratrain.errors import UserError
 
+log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
 _EXPENSIVE = {  # compute grows faster than the result: keep these, recompute the rest (Korthikanti et al., 2022, section 5)
     _ATEN.mm.default,
@@ -31,7 +33,7 @@ _EXPENSIVE = {  # compute grows faster than the result: keep these, recompute th
 }
 
 
-def apply(blocks: Sequence[tuple[str, nn.Module]], cfg: Config) -> None:
+def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config) -> None:
     """Make every `memory.recompute_every`-th block recompute, in place; names of parameters stay.
 
     Raises:
@@ -39,6 +41,12 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], cfg: Config) -> None:
     """
     if cfg.memory.recompute == "none":
         return
+    for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+        if getattr(config, "use_cache", False):  # of Hugging Face models: their cache is for generation
+            log.info(
+                "memory.recompute: %s.use_cache is switched off: the second forward would add to the cache again", type(config).__name__
+            )
+            config.use_cache = False
     made: dict[tuple[type, bool], type] = {}  # blocks of one class stay so, and share what is compiled
     for name, block in blocks[:: cfg.memory.recompute_every]:
         updated = [f"{name}.{buffer}" for buffer in block.state_dict() if buffer in dict(block.named_buffers())]
