@@ -322,3 +322,29 @@ def test_one_rank_needs_no_shards():
     assert not any(isinstance(param, DTensor) for param in engine.model.parameters())
     with pytest.raises(UserError, match=r"memory\.blocks"):
         setup(gpt(), token_loss, config(strategy=FSDP(), memory=Memory(blocks=["no_such.*"])))
+
+
+def test_checkpoints_cross_layouts(tmp_path):
+    """Saved sharded after two steps, resumed under every other layout and number of ranks: the same third and fourth step."""
+    build, loss_fn, batches = zoo(4, 8)["scalars"]
+    layouts = {"fsdp": STRATEGIES["fsdp"], "zero1": STRATEGIES["zero1"], "ddp": {"strategy": DDP()}, "offload": STRATEGIES["offload"]}
+
+    def begin(sections, name):
+        engine = setup(build, loss_fn, config(2, **sections))
+        for batch in batches[:2]:
+            engine.train_step(engine.local(batch))
+        engine.save(tmp_path / name)
+
+    def resume(sections, name):
+        engine = setup(build, loss_fn, config(2, seed=3, **sections))
+        engine.train_step(engine.local(batches[3]))  # what is loaded replaces what was trained, gathered or padded
+        engine.load(tmp_path / name)
+        steps = [engine.train_step(engine.local(batch)) for batch in batches[2:]]
+        return [s.loss for s in steps], [s.grad_norm for s in steps], engine.full_state_dict()
+
+    run(lambda: [begin(sections, name) for name, sections in layouts.items()], 3)
+    losses, norms, weights = by_hand(build, loss_fn, batches)
+    for ranks, resumed in ((4, {**layouts, "hsdp": ON_FOUR["hsdp"]}), (2, layouts), (1, {"fsdp": STRATEGIES["fsdp"]})):
+        found = run(lambda resumed=resumed: {(a, b): resume(resumed[b], a) for a in layouts for b in resumed}, ranks)[0]
+        for case, result in found.items():
+            assert difference(result, (losses[2:], norms[2:], weights)) < TOLERANCE, (ranks, case)
