@@ -66,7 +66,52 @@ def _verify(arguments: list[str]) -> int:
     return verify_main(arguments)
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": _train, "launch": _launch, "sweep": _sweep, "verify": _verify, "config": _config, "env": _env}
+def _convert(arguments: list[str]) -> int:
+    """weights of a checkpoint in another format: convert SRC DST --to safetensors|safetensors-sharded|hf|torch|dcp"""
+    from pathlib import Path
+
+    import torch
+
+    from paratrain.checkpoint.convert import FORMATS, convert
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    parser = argparse.ArgumentParser(prog="paratrain convert", description=_convert.__doc__)
+    parser.add_argument("source", type=Path, help="a checkpoint, a run, .safetensors, .pt, or a directory of Hugging Face or torch DCP")
+    parser.add_argument("target", type=Path, help="file or directory to write; it must not exist")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--dtype", choices=dtypes, help="convert floating-point weights to this")
+    parser.add_argument("--hf-config", type=Path, help="config.json of the Hugging Face model, where the source has none")
+    asked = parser.parse_args(arguments)
+    names = convert(asked.source, asked.target, asked.to, dtypes.get(asked.dtype), asked.hf_config)
+    print(f"{asked.target}: {len(names)} tensors")
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    """what a checkpoint holds, and whether it is damaged: inspect PATH [--quick]"""
+    from pathlib import Path
+
+    from paratrain.checkpoint.convert import describe
+
+    parser = argparse.ArgumentParser(prog="paratrain inspect", description=_inspect.__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--quick", action="store_true", help="do not read and verify the data")
+    asked = parser.parse_args(arguments)
+    text, sound = describe(asked.path, verify=not asked.quick)
+    print(text)
+    return 0 if sound else 1
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "launch": _launch,
+    "sweep": _sweep,
+    "verify": _verify,
+    "config": _config,
+    "env": _env,
+    "convert": _convert,
+    "inspect": _inspect,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

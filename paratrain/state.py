@@ -11,6 +11,7 @@ entry of their own.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -41,14 +42,15 @@ class State(NamedTuple):
 
 def capture(engine: Engine, extra: dict[str, Any]) -> State:
     """The state of `engine` now. Every rank must call it."""
-    names = _names(engine)
     meta = {
         "seed": engine.cfg.seed,
         "engine": engine.counters(),
         "config": redact(to_dict(engine.cfg)),
         "extra": extra,
     }
-    return State(_model_tensors(engine) | checkpoint.optimizer_tensors(engine.optimizers, names), meta, {"rng": checkpoint.rng_state()})
+    if (hf_config := _hf_config(engine.model)) is not None:
+        meta["hf_config"] = hf_config
+    return State(engine.tensors(), meta, {"rng": checkpoint.rng_state()})
 
 
 def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
@@ -68,18 +70,17 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
         UserError: it was made under another seed, so that the data order would not continue.
     """
     doing = f"cannot load checkpoint {path}"
-    names = _names(engine)
     prepared: list[Any] = []
 
     def prepare() -> None:
         manifest = checkpoint.read(path)
         _check(manifest.meta, manifest.rank_meta)
         saved = {name: (tensor.shape, tensor.dtype) for name, tensor in manifest.tensors.items()}
-        prepared.extend(checkpoint.prepare_optimizer(engine.optimizers, names, saved))
+        prepared.extend(engine.prepare(saved))
 
     checkpoint.together(doing, prepare, None)
-    states, finish = prepared
-    meta, rank_metas = checkpoint.load(path, _model_tensors(engine) | states)
+    tensors, finish = prepared
+    meta, rank_metas = checkpoint.load(path, tensors)
     if meta["seed"] != engine.cfg.seed:
         raise UserError(
             f"resume={path}: saved under seed={meta['seed']}, this job has seed={engine.cfg.seed}; the data order would not continue"
@@ -114,13 +115,13 @@ def _check(meta: dict[str, Any], rank_metas: list[dict[str, Any]]) -> None:
         raise CheckpointError("it lacks the state of the random number generators of a rank")
 
 
+def _hf_config(model: Any) -> dict[str, Any] | None:
+    """The configuration of a Hugging Face model, so that `convert --to hf` needs nothing else."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return None
+    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def _model_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    return {f"model/{name}": value for name, value in engine.model.state_dict().items()}
-
-
-def _names(engine: Engine) -> dict[torch.Tensor, str]:
-    return {param: name for name, param in engine.model.named_parameters()}
