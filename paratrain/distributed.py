@@ -84,6 +84,7 @@ def rendezvous(timeout: timedelta = timedelta(minutes=10)) -> dist.Store:
     """
     if not launched():
         return dist.HashStore()
+    die_with_launcher()
     me, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -140,7 +141,6 @@ def init(device: torch.device, timeout: timedelta) -> None:
     """
     if dist.is_initialized():
         return
-    die_with_launcher()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps, for the report of a hang
     if device.type == "cuda":
         torch.cuda.set_device(device)
