@@ -41,7 +41,8 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
     """
     if cfg.memory.recompute == "none":
         return
-    for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    for config in {id(config): config for config in configs}.values():
         if getattr(config, "use_cache", False):  # of Hugging Face models: their cache is for generation
             log.info(
                 "memory.recompute: %s.use_cache is switched off: the second forward would add to the cache again", type(config).__name__
