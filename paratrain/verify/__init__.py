@@ -1,9 +1,9 @@
 """Prove, on the user's own model, that a layout trains as one process does.
 
-    report = paratrain.verify(model_fn, loss_fn, batch, cfg, ranks=4)     # the package itself can be called
-    paratrain.verify.check(model_fn, loss_fn, batch, cfg)                 # in a test
-    python -m paratrain verify strategy=ddp model=gpt data=synthetic      # exit code 0 the same, 1 different, 2 the user's mistake
-    callbacks: [paratrain.verify.ReplicaCheck(every=100)]                 # in training: are the replicas still the same?
+report = paratrain.verify(model_fn, loss_fn, batch, cfg, ranks=4)     # the package itself can be called
+paratrain.verify.check(model_fn, loss_fn, batch, cfg)                 # in a test
+python -m paratrain verify strategy=ddp model=gpt data=synthetic      # exit code 0 the same, 1 different, 2 the user's mistake
+callbacks: [paratrain.verify.ReplicaCheck(every=100)]                 # in training: are the replicas still the same?
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ the loss and gradients, and all parameters for the norm. What is integer must be
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -116,7 +116,7 @@ class _Tolerance:
         self.noise = self._noise(events, noise.events)
 
     def _root_mean_squares(self, events: dict[Key, Event]) -> dict[str, float]:
-        squares: Counter[str] = Counter()
+        squares: dict[str, float] = defaultdict(float)
         numbers: Counter[str] = Counter()
         for key, event in events.items():
             squares[group(key)] += float(event.value.square().sum())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from paratrain.verify import explain, life, run
 from paratrain.verify.compare import Comparison, Difference, compare
 from paratrain.verify.record import Key, Trace
 from paratrain.verify.report import Report
-from paratrain.verify.run import Failure, Job
+from paratrain.verify.run import Job
 
 
 def verify(
@@ -64,8 +65,7 @@ def verify(
     batches = [batch] if isinstance(batch, tuple) else batch
     job = Job(model_fn, loss_fn, batches, cfg, options.steps, ranks)
     timeout = 60 * options.timeout_minutes
-    reference, noise = spawn.run(_on_one, 2, job, timeout=timeout, init=False)
-    _raise_failures([reference, noise], "on one process")
+    reference, noise = _single(job, timeout)
     traces = _layout(run.layout, job, timeout)
     setup = _describe(job, options.dtype)
     if isinstance(traces, Report):
@@ -75,7 +75,7 @@ def verify(
     notes = _notes(result, reference)
     differences, explanation = result.differences, ""
     if differences:
-        explanation = _explain(job, differences[0], reference, traces, timeout)
+        explanation = _explain(job, differences[0], reference, traces, timeout, notes)
     else:
         found = _life(job, result, timeout)
         if isinstance(found, Report):
@@ -110,43 +110,50 @@ def check(
 
 def _on_one(job: Job) -> Any:
     """Two independent single processes side by side: rank 0 the reference, rank 1 with permuted samples."""
-    import os
+    return run.reference(job, os.environ["RANK"] == "1")
 
-    return run.guarded(run.reference, job, os.environ["RANK"] == "1")
+
+def _single(job: Job, timeout: float) -> list[Trace]:
+    try:
+        return spawn.run(run.quietly, 2, _on_one, job, timeout=timeout, init=False)
+    except spawn.RankError as error:
+        raise UserError(
+            _users_mistake(error) or f"the model does not train on one process, before any layout is applied:\n{_first(error)}"
+        ) from None
 
 
 def _layout(body: Callable[..., Trace], job: Job, timeout: float, *args: Any) -> list[Trace] | Report:
     """What every rank recorded, or a report of those that failed."""
     try:
-        traces = spawn.run(run.guarded, job.ranks, body, job, *args, timeout=timeout)
+        return spawn.run(run.quietly, job.ranks, body, job, *args, timeout=timeout)
     except spawn.RankError as error:
-        failed, text = list(error.failures), str(error)
-        hung = any("hung" in why for why in error.failures.values())
-    else:
-        failures = {rank: trace for rank, trace in enumerate(traces) if isinstance(trace, Failure)}
-        for failure in failures.values():
-            if failure.users:
-                raise UserError(failure.text)
-        if not failures:
-            return traces
-        failed, hung = list(failures), False
-        text = "\n\n".join(f"--- rank {rank}: {failure.text}" for rank, failure in failures.items())
-    error_kind = "hang" if hung else "exception"
+        if mistake := _users_mistake(error):
+            raise UserError(mistake) from None
+        raised = [rank for rank, text in error.failures.items() if not text.startswith("stopped")]
+        hung = all(text.startswith("hung") for text in error.failures.values())
+        text = str(error)
+        detail = "the ranks wait for each other" if hung else _first(error).rstrip().splitlines()[-1]
     cause = (
         "ranks that do not call the same collectives in the same order"
         if hung
-        else "what one process can do, the layout cannot: see the last line of the traceback"
+        else "what one process can do, the layout cannot: see the traceback"
     )
-    difference = Difference(Key(0, "execution", body.__name__), failed, 1.0, 0.0, error=error_kind, detail=text.rstrip().splitlines()[-1])
-    return Report(difference, f"Ranks {failed} failed where one process did not. Usual cause: {cause}.\n{text}", [difference], [], {})
+    difference = Difference(Key(0, "execution", body.__name__), raised, 1.0, 0.0, error="hang" if hung else "exception", detail=detail)
+    found = f"{detail}: ranks {', '.join(map(str, raised))} failed where one process did not. Usual cause: {cause}.\n{text}"
+    return Report(difference, found, [difference], [], {})
 
 
-def _raise_failures(traces: Sequence[Any], where: str) -> None:
-    for trace in traces:
-        if isinstance(trace, Failure):
-            if trace.users:
-                raise UserError(trace.text)
-            raise UserError(f"the model does not train {where}, before any layout is applied:\n{trace.text}")
+def _first(error: spawn.RankError) -> str:
+    return next(iter(error.failures.values()), str(error))
+
+
+def _users_mistake(error: spawn.RankError) -> str | None:
+    """The message of the UserError that a rank raised, if that is what happened."""
+    for text in error.failures.values():
+        _, found, message = text.partition(f"{run.UsersMistake.__module__}.{run.UsersMistake.__name__}: ")
+        if found:
+            return message.rstrip()
+    return None
 
 
 def _life(job: Job, result: Comparison, timeout: float) -> list[life.Finding] | Report:
@@ -161,7 +168,7 @@ def _life(job: Job, result: Comparison, timeout: float) -> list[life.Finding] | 
 # ---------------------------------------------------------------------- the first difference
 
 
-def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float) -> str:
+def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float, notes: list[str]) -> str:
     """Run again, keep the first tensor that differs, and say what happened to it."""
     found: explain.Explanation
     if first.error == "missing":
@@ -171,9 +178,10 @@ def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace],
     elif first.key.kind == "data":
         found = _explain_data(first)
     else:
-        evidence = _evidence(job, first, reference, traces, timeout)
+        evidence = _evidence(job, first, reference, traces, timeout, notes)
         first.largest = max(
-            (float((evidence.y[rank] - evidence.expected(rank)).abs().max()) for rank in first.ranks if evidence.y[rank].numel()), default=0.0
+            (float((evidence.y[rank] - evidence.expected(rank)).abs().max()) for rank in first.ranks if evidence.y[rank].numel()),
+            default=0.0,
         )
         found = explain.explain(evidence)
     first.error = found.error
@@ -191,13 +199,12 @@ def _explain_data(first: Difference) -> explain.Explanation:
     )
 
 
-def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float) -> explain.Evidence:
+def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float, notes: list[str]) -> explain.Evidence:
     key = first.key
     before = _before(key)
     zoom = frozenset({key, before}) if before is not None else frozenset({key})
-    # the key itself comes first, because the reference takes apart the step of the first one
-    (single,) = spawn.run(run.reference, 1, job, False, _Ordered((key, *(zoom - {key}))), timeout=timeout, init=False)
-    layouts = spawn.run(run.layout, job.ranks, job, frozenset({key}), timeout=timeout)
+    (single,) = spawn.run(run.quietly, 1, run.reference, job, False, zoom, key, timeout=timeout, init=False)
+    layouts = spawn.run(run.quietly, job.ranks, run.layout, job, frozenset({key}), timeout=timeout)
     x = single.full[key].double()
     ys = {rank: trace.full[key].double() for rank, trace in enumerate(layouts) if key in trace.full}
     rows: dict[int, Tensor] = {}
@@ -209,6 +216,8 @@ def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace]
             rows[rank] = x[start[group] : start[group] + count]
             start[group] += count
     solo = single.extra.get("solo")
+    if isinstance(solo, str):
+        notes.append(f"the step could not be taken apart by ranks ({solo}), so the explanation knows less")
     numbers = {
         name: float(single.events[Key(key.step, name, "")].value)
         for name in ("loss scale", "gradient norm", "learning rate")
@@ -228,21 +237,6 @@ def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace]
         solo=None if isinstance(solo, str) else solo,
         numbers=numbers,
     )
-
-
-class _Ordered(frozenset):
-    """A set of keys that is iterated in the order given."""
-
-    def __new__(cls, keys: Sequence[Key]) -> _Ordered:
-        made = super().__new__(cls, keys)
-        made.keys = tuple(keys)
-        return made
-
-    def __iter__(self):
-        return iter(self.keys)
-
-    def __reduce__(self):
-        return type(self), (self.keys,)
 
 
 def _before(key: Key) -> Key | None:

@@ -66,7 +66,9 @@ def solo(engine: Engine, share: LocalBatch, ranks: int, micro_batch_size: int | 
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
                     buffer.copy_(start[name])
-            parts, outputs, grads = [], [], {name: torch.zeros_like(param) for name, param in params.items()}
+            parts: list[Part] = []
+            outputs: list[Tensor] = []
+            grads = {name: torch.zeros_like(param) for name, param in params.items()}
             local = batches.local((share.inputs, share.targets), rank, ranks)
             for inputs, targets, real in batches.split(local, micro_batch_size):
                 with _captured(model, key, outputs):
@@ -76,7 +78,7 @@ def solo(engine: Engine, share: LocalBatch, ranks: int, micro_batch_size: int | 
                 for name, grad in own.items():
                     if grad is not None:
                         grads[name] += grad
-                parts.append(Part(float(total), float(count), _double(own.get(target))))
+                parts.append(Part(float(total.detach()), float(count), _double(own.get(target))))
             found.parts.append(parts)
             found.norms.append(math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values())))
             if outputs:
@@ -137,7 +139,7 @@ def _captured(model: nn.Module, key: Key, into: list[Tensor]) -> Iterator[None]:
         return
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
-        into += [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()][:1]
+        into.extend([leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()][:1])
 
     handle = module.register_forward_hook(hook)
     try:

@@ -7,7 +7,7 @@ all but a hundredth of the difference, or leaves no more than rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,6 @@ class Evidence:
         solo: what each rank alone would have contributed; None if it could not be computed.
         norms: gradient norm on one process at this step.
         numbers: other numbers of this step on one process: loss scale, norm, learning rate.
-        gradient_ok: no gradient differed in an earlier step, and data parallel reduction worked in the step before.
     """
 
     key: Key
@@ -51,14 +50,13 @@ class Evidence:
     def expected(self, rank: int) -> Tensor:
         return self.rows.get(rank, self.x)
 
-    def fits(self, hypothesis: Callable[[int], Tensor | None]) -> bool:
-        """Whether `hypothesis(rank)` is what every rank that differs has."""
+    def equals(self, guess: Tensor | Mapping[int, Tensor | None] | None) -> bool:
+        """Whether every rank that differs has `guess`, one tensor for all or one by rank."""
         for rank in self.wrong:
-            guess, y, x = hypothesis(rank), self.y[rank], self.expected(rank)
-            if guess is None or guess.shape != y.shape:
+            tensor, y = guess.get(rank) if isinstance(guess, Mapping) else guess, self.y[rank]
+            if tensor is None or tensor.shape != y.shape:
                 return False
-            error = float((y - guess).norm())
-            if not error <= max(self.tolerance, 0.01 * float((y - x).norm())):
+            if not float((y - tensor).norm()) <= max(self.tolerance, 0.01 * float((y - self.expected(rank)).norm())):
                 return False
         return bool(self.wrong)
 
@@ -129,11 +127,13 @@ def _not_finite(e: Evidence) -> Iterator[Explanation]:
 
 
 def _zero(e: Evidence) -> Iterator[Explanation]:
-    if e.fits(lambda rank: torch.zeros_like(e.y[rank])):
+    if all(not bool(e.y[rank].any()) for rank in e.wrong):
         if e.key.kind == "optimizer state":
             yield Explanation("zero", "it is zero", "the state was made afresh instead of kept", "resume")
         else:
-            yield Explanation("zero", f"it is zero on {_ranks(e.wrong)}", "detached from the loss, or cleared before it was used", REDUCTION)
+            yield Explanation(
+                "zero", f"it is zero on {_ranks(e.wrong)}", "detached from the loss, or cleared before it was used", REDUCTION
+            )
 
 
 def _own_gradient(e: Evidence) -> Iterator[Explanation]:
@@ -146,7 +146,7 @@ def _own_gradient(e: Evidence) -> Iterator[Explanation]:
     count = e.solo.count
     factors = {f"{e.ranks} times ": e.ranks / count, "": 1 / count}
     for words, factor in factors.items():
-        if e.fits(lambda rank, factor=factor: _scaled(own.get(rank), factor)):
+        if e.equals({rank: _scaled(grad, factor) for rank, grad in own.items()}):
             accumulates = any(len(parts) > 1 for parts in e.solo.parts)
             late = e.key.step > 0
             if late:
@@ -158,9 +158,11 @@ def _own_gradient(e: Evidence) -> Iterator[Explanation]:
                 cause = "the last micro-batch ran inside no_sync, or the module was called past its data-parallel wrapper"
             else:
                 cause = "backward ran inside no_sync, or the module was called past its data-parallel wrapper, whose hooks then never fire"
-            yield Explanation("not reduced", f"each rank has {words}the gradient of its own samples: it was not reduced over axis dp", cause, REDUCTION)
+            yield Explanation(
+                "not reduced", f"each rank has {words}the gradient of its own samples: it was not reduced over axis dp", cause, REDUCTION
+            )
             return
-    if e.fits(lambda rank: _scaled(own.get(0), e.ranks / count)) or e.fits(lambda rank: _scaled(own.get(0), 1 / count)):
+    if any(e.equals(_scaled(own[0], factor)) for factor in factors.values()):
         yield Explanation(
             "not reduced",
             "every rank has the gradient of rank 0's samples alone",
@@ -173,7 +175,7 @@ def _own_gradient(e: Evidence) -> Iterator[Explanation]:
         reduced_last = _total(list(last.values()))
         first = _total([_scaled(p.grad, 1 / count) for parts in e.solo.parts for p in parts[:-1]])
         for name, part in (("last", reduced_last), ("first", first)):
-            if part is not None and e.fits(lambda rank, part=part: part):
+            if e.equals(part):
                 yield Explanation(
                     "lost micro-batches",
                     f"it is the gradient of the {name} micro-batches alone",
@@ -203,7 +205,7 @@ def _means(e: Evidence) -> Iterator[Explanation]:
             guess = _total([_scaled(p.grad, 1 / sum(q.count for q in group) / len(members)) for group in members for p in group])
         else:
             continue
-        if guess is not None and e.fits(lambda rank, guess=guess: guess):
+        if e.equals(guess):
             yield Explanation(
                 "mean of means",
                 f"it is the mean over {words} of their own means, but their counts differ ({_counts(members)})",
@@ -220,8 +222,19 @@ def _wrong_count(e: Evidence) -> Iterator[Explanation]:
     want = float(e.x)
     for rank, parts in enumerate(e.solo.parts):
         if got == sum(p.count for p in parts):
-            yield Explanation("not reduced", f"it is the count of rank {rank} alone ({got:g})", "the count was not summed over axis dp", COUNT)
+            yield Explanation(
+                "not reduced", f"it is the count of rank {rank} alone ({got:g})", "the count was not summed over axis dp", COUNT
+            )
             return
+    held = [part.count for parts in e.solo.parts for part in parts if part.count]
+    if want == 1 and all(count == 1 for count in held) and got == len(held):
+        yield Explanation(
+            "mean of means",
+            f"every micro-batch of every rank counts 1, whatever is in it ({got:g} in all, on one process 1): the result is the mean of their means",
+            "loss_fn returns a mean with the count 1, so that the loss is averaged by ranks instead of by tokens (or samples)",
+            COUNT,
+        )
+        return
     direction = "more" if got > want else "fewer"
     yield Explanation(
         "count",
@@ -235,7 +248,7 @@ def _tied(e: Evidence) -> Iterator[Explanation]:
     if e.solo is None or "gradient" not in e.key.kind or len(e.solo.uses) < 2:
         return
     for name, grad in e.solo.uses.items():
-        if e.fits(lambda rank, grad=grad: _scaled(grad, 1 / e.solo.count)):
+        if e.equals(grad / e.solo.count):
             others = [other for other in e.solo.uses if other != name]
             yield Explanation(
                 "half of a tied weight",
@@ -251,13 +264,18 @@ def _weight_update(e: Evidence) -> Iterator[Explanation]:
     if e.key.kind != "weight" or e.before is None:
         return
     some = f"only on {_ranks(e.wrong)}" if len(e.wrong) < e.ranks else "on every rank"
-    if e.fits(lambda rank: e.before):
-        yield Explanation("stale", f"it is still the weight of the step before, {some}", "the optimizer did not step there, or stepped a copy", "optimizer")
+    if e.equals(e.before):
+        yield Explanation(
+            "stale",
+            f"it is still the weight of the step before, {some}",
+            "the optimizer did not step there, or stepped a copy",
+            "optimizer",
+        )
         return
     rank = e.wrong[0]
     off, before = e.y[rank] - e.x, e.before
     k = _along(off, before)
-    if k is not None and all(e.fits(lambda r: e.x + k * before) for _ in (0,)):
+    if k is not None and e.equals(e.x + k * before):
         decay, lr = e.cfg.optimizer.weight_decay, e.numbers.get("learning rate", e.cfg.optimizer.lr)
         extra = -k / lr if lr else math.nan
         amount = f"{abs(extra):.3g} {'more' if extra > 0 else 'less'} than on one process, where it is {decay:g}"
@@ -270,11 +288,13 @@ def _weight_update(e: Evidence) -> Iterator[Explanation]:
         return
     update = e.x - before
     k = _along(e.y[rank] - before, update)
-    if k is not None and e.fits(lambda r: before + k * update):
+    if k is not None and e.equals(before + k * update):
         yield Explanation(
             "factor",
             f"the update is {_number(k)} times that of one process, {some}, while the gradient is the same",
-            "the optimizer stepped twice, or has another learning rate there" if k > 1 else "another learning rate, or a schedule at another step",
+            "the optimizer stepped twice, or has another learning rate there"
+            if k > 1
+            else "another learning rate, or a schedule at another step",
             "optimizer.lr, scheduler, optimizer.groups",
         )
 
@@ -316,14 +336,14 @@ def _norm(e: Evidence) -> Iterator[Explanation]:
 def _stale(e: Evidence) -> Iterator[Explanation]:
     if e.before is None or e.before.shape != e.x.shape or e.key.kind == "weight":
         return
-    if e.fits(lambda rank: e.before):
+    if e.equals(e.before):
         yield Explanation(
             "stale",
             f"it is what one process had one step earlier, on {_ranks(e.wrong)}",
             "a value is reused that should have been computed again: an overlapped or cached copy, or an update that did not happen",
             "strategy",
         )
-    elif e.key.kind == "gradient" and e.fits(lambda rank: e.x + e.before):
+    elif e.key.kind == "gradient" and e.equals(e.x + e.before):
         yield Explanation(
             "not cleared",
             "it is the sum of this step's gradient and the last step's",
@@ -339,9 +359,9 @@ def _own_statistics(e: Evidence) -> Iterator[Explanation]:
     own = e.solo.buffers if e.key.kind == "buffer" else e.solo.outputs if e.key.kind == "activation" else []
     if len(own) != e.ranks:
         return
-    doubles = [tensor.double() for tensor in own]
+    doubles: dict[int, Tensor | None] = {rank: tensor.double() for rank, tensor in enumerate(own)}
     if e.key.kind == "activation":
-        if e.fits(lambda rank: doubles[rank]):
+        if e.equals(doubles):
             yield Explanation(
                 "own statistics",
                 "every rank computes it from its own samples, but on one process a sample's value depends on the rest of the batch",
@@ -349,8 +369,8 @@ def _own_statistics(e: Evidence) -> Iterator[Explanation]:
                 "trainer.batch_norm=sync, data.micro_batch_size=null",
             )
         return
-    if e.fits(lambda rank: doubles[rank]) or e.fits(lambda rank: doubles[0]):
-        whose = "each rank's own samples" if e.fits(lambda rank: doubles[rank]) else "rank 0's samples"
+    if e.equals(doubles) or e.equals(doubles[0]):
+        whose = "each rank's own samples" if e.equals(doubles) else "rank 0's samples"
         yield Explanation(
             "own statistics",
             f"the buffer holds what {whose} alone give: it is not synchronised over axis dp",
@@ -359,29 +379,61 @@ def _own_statistics(e: Evidence) -> Iterator[Explanation]:
         )
 
 
-def _factor(e: Evidence) -> Iterator[Explanation]:
+def _known_factor(e: Evidence) -> Iterator[Explanation]:
+    """A factor that has a name."""
     k = _along(e.y[e.wrong[0]], e.expected(e.wrong[0]))
-    if k is None or not e.fits(lambda rank: k * e.expected(rank)):
-        factors = {rank: _along(e.y[rank], e.expected(rank)) for rank in e.wrong}
-        if len(e.wrong) > 1 and all(f is not None for f in factors.values()) and e.fits(lambda rank: factors[rank] * e.expected(rank)):
-            norms = "clipped" in e.key.kind
-            yield Explanation(
-                "local norm" if norms else "factor",
-                f"each rank has another multiple of the right value ({', '.join(f'{_number(f)} on rank {r}' for r, f in factors.items() if f)})",
-                "every rank clips by a norm of its own" if norms else "a scale that depends on the rank",
-                "trainer.clip_norm; clip with engine.clip_grad_norm_" if norms else "strategy",
-            )
+    if k is None or not e.equals({rank: k * e.expected(rank) for rank in e.wrong}):
         return
+    precise = max(1e-4, e.tolerance / max(float(e.x.norm()), 1e-300))
     for value, error, found, cause, look in _known_factors(e):
-        if _near(k, value, 1e-4):
-            yield Explanation(error, f"it is {_number(k)} times too large: {found}" if k > 1 else f"it is {_number(k)} of the right value: {found}", cause, look)
+        if _near(k, value, min(precise, 0.2)):
+            size = f"{_number(k)} times the right value" if k > 1 else f"{_number(k)} of the right value"
+            yield Explanation(error, f"it is {size}: {found}", cause, look)
             return
+
+
+def _any_factor(e: Evidence) -> Iterator[Explanation]:
+    """Every element off by one factor, or by one factor on each rank."""
+    if e.x.numel() < 2:
+        return
+    factors = {rank: _along(e.y[rank], e.expected(rank)) for rank in e.wrong}
+    if any(k is None for k in factors.values()) or not e.equals({rank: (k or 0.0) * e.expected(rank) for rank, k in factors.items()}):
+        return
+    values = [k for k in factors.values() if k is not None]
+    if max(values) - min(values) <= 1e-6 * abs(values[0]):
+        yield Explanation(
+            "factor",
+            f"it is {_number(values[0])} times the right value, in every element, on {_ranks(e.wrong)}",
+            "a division or multiplication too many; compare the factor with the number of ranks, micro-batches and samples",
+            COUNT,
+        )
+        return
+    norms = "clipped" in e.key.kind
     yield Explanation(
-        "factor",
-        f"it is {_number(k)} times the right value, in every element, on {_ranks(e.wrong)}",
-        "a division or multiplication too many; compare the factor with the number of ranks, micro-batches and samples",
-        COUNT,
+        "local norm" if norms else "factor",
+        f"each rank has another multiple of the right value ({', '.join(f'{_number(k)} on rank {r}' for r, k in factors.items() if k)})",
+        "every rank clips by a norm of its own" if norms else "a scale that depends on the rank",
+        "trainer.clip_norm; clip with engine.clip_grad_norm_" if norms else "strategy",
     )
+
+
+def _learning_rate(e: Evidence) -> Iterator[Explanation]:
+    """The rate of another position in the schedule."""
+    if e.key.kind != "learning rate":
+        return
+    from paratrain.optim.schedules import factor
+
+    got, total = float(e.y[e.wrong[0]]), e.cfg.scheduler.total_steps or e.cfg.trainer.max_steps
+    micro = max((len(parts) for parts in e.solo.parts), default=1) if e.solo else 1
+    for times, whose in ((e.ranks, "process"), (micro, "micro-batch"), (e.ranks * micro, "process and micro-batch")):
+        if times > 1 and _near(got, e.cfg.optimizer.lr * factor(e.cfg.scheduler, e.key.step * times, total)):
+            yield Explanation(
+                "schedule",
+                f"it is the rate of step {e.key.step * times}: the schedule advances {times} times a step",
+                f"the scheduler is stepped once for every {whose} instead of once an update",
+                "scheduler; the engine sets the rate itself, call no scheduler.step()",
+            )
+            return
 
 
 def _known_factors(e: Evidence) -> Iterator[tuple[float, str, str, str, str]]:
@@ -389,22 +441,74 @@ def _known_factors(e: Evidence) -> Iterator[tuple[float, str, str, str, str]]:
     micro = max((len(parts) for parts in e.solo.parts), default=1) if e.solo else 1
     yield -1.0, "sign", "the sign is wrong", "a loss that is maximised, or a difference taken the other way round", "loss"
     if scale not in (1.0, 0.0):
-        yield 1 / scale, "unscaled twice", f"1/{scale:g} is one over the loss scale", "gradients are unscaled twice (once for clipping, once by the step)", "precision.loss_scale"
-        yield scale, "not unscaled", f"{scale:g} is the loss scale", "gradients are clipped or applied before they are unscaled", "precision.loss_scale"
+        yield (
+            1 / scale,
+            "unscaled twice",
+            f"1/{scale:g} is one over the loss scale",
+            "gradients are unscaled twice (once for clipping, once by the step)",
+            "precision.loss_scale",
+        )
+        yield (
+            scale,
+            "not unscaled",
+            f"{scale:g} is the loss scale",
+            "gradients are clipped or applied before they are unscaled",
+            "precision.loss_scale",
+        )
     if n > 1:
-        yield 1 / n, "averaged twice", f"1/{n} is one over the ranks of axis dp", "averaged over the ranks twice, or averaged where the engine expects the sum", REDUCTION
-        yield n, "summed", f"{n} is the number of ranks of axis dp", "summed over the ranks where it should be averaged, or reduced twice", REDUCTION
-        yield 1 / n**2, "averaged twice", f"1/{n}^2: divided by the ranks twice too often", "averaged over the ranks in three places", REDUCTION
+        yield (
+            1 / n,
+            "averaged twice",
+            f"1/{n} is one over the ranks of axis dp",
+            "averaged over the ranks twice, or averaged where the engine expects the sum",
+            REDUCTION,
+        )
+        yield (
+            n,
+            "summed",
+            f"{n} is the number of ranks of axis dp",
+            "summed over the ranks where it should be averaged, or reduced twice",
+            REDUCTION,
+        )
+        yield (
+            1 / n**2,
+            "averaged twice",
+            f"1/{n}^2: divided by the ranks twice too often",
+            "averaged over the ranks in three places",
+            REDUCTION,
+        )
     if micro > 1:
-        yield micro, "accumulation", f"{micro} is the number of micro-batches", "the sum over micro-batches is not divided", "data.micro_batch_size"
-        yield 1 / micro, "accumulation", f"1/{micro} is one over the number of micro-batches", "divided by the number of micro-batches on top of the count", "data.micro_batch_size"
+        yield (
+            micro,
+            "accumulation",
+            f"{micro} is the number of micro-batches",
+            "the sum over micro-batches is not divided",
+            "data.micro_batch_size",
+        )
+        yield (
+            1 / micro,
+            "accumulation",
+            f"1/{micro} is one over the number of micro-batches",
+            "divided by the number of micro-batches on top of the count",
+            "data.micro_batch_size",
+        )
         if n > 1:
-            yield 1 / (n * micro), "accumulation", f"1/{n * micro} is one over ranks times micro-batches", "divided by micro-batches and ranks on top of the count", "data.micro_batch_size"
+            yield (
+                1 / (n * micro),
+                "accumulation",
+                f"1/{n * micro} is one over ranks times micro-batches",
+                "divided by micro-batches and ranks on top of the count",
+                "data.micro_batch_size",
+            )
     window = e.numbers.get("samples"), float(e.cfg.data.global_batch)
     if window[0] and window[0] != window[1]:
-        yield window[0] / window[1], "accumulation", (
-            f"{window[0]:g} samples are in this window, and it was divided by the {window[1]:g} of a full one"
-        ), "the last, partial accumulation window is scaled as if it were full", "data.global_batch, data.micro_batch_size"
+        yield (
+            window[0] / window[1],
+            "accumulation",
+            (f"{window[0]:g} samples are in this window, and it was divided by the {window[1]:g} of a full one"),
+            "the last, partial accumulation window is scaled as if it were full",
+            "data.global_batch, data.micro_batch_size",
+        )
     clip, norm = e.cfg.trainer.clip_norm, e.numbers.get("gradient norm")
     if clip is not None and norm:
         factor = min(clip / norm, 1.0)
@@ -422,9 +526,10 @@ def _permuted(e: Evidence) -> Iterator[Explanation]:
     if x.ndim == 0 or x.shape != y.shape or len(x) < 2:
         return
     probe = torch.randn(x[0].numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a, b = ((t.reshape(len(t), -1) @ probe).sort() for t in (x, y))
-    if float((a.values - b.values).norm()) <= max(e.tolerance, 0.01 * float((a.values - y.reshape(len(y), -1) @ probe).norm())):
-        moved = int((a.indices != b.indices).sum())
+    projected = [t.reshape(len(t), -1) @ probe for t in (x, y)]
+    a, b = (p.sort() for p in projected)
+    moved = int((a.indices != b.indices).sum())
+    if moved and float((a.values - b.values).norm()) <= 0.01 * float((projected[0] - projected[1]).norm()):
         yield Explanation(
             "permuted rows",
             f"the same rows in another order ({moved} of {len(x)} moved)",
@@ -434,28 +539,33 @@ def _permuted(e: Evidence) -> Iterator[Explanation]:
 
 
 def _rounded(e: Evidence) -> Iterator[Explanation]:
-    """Rounding to a narrow dtype somewhere on the way."""
-    compute = torch.float64 if e.cfg.precision.name == "64-true" else torch.float32
-    terms: list[Tensor] = []
+    """A difference of the size that rounding to a narrow dtype leaves, as measured by rounding what is added up."""
+    parts = [e.expected(rank) for rank in e.wrong[:1]]
     if e.solo is not None and e.key.kind in ("gradient", "clipped gradient"):
-        own = [_total([p.grad for p in parts]) for parts in e.solo.parts]
-        terms = [grad.abs() / e.solo.count for grad in own if grad is not None]
-    for dtype, u in ((torch.float32, 2.0**-24), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
-        if torch.finfo(dtype).bits >= torch.finfo(compute).bits:
-            continue
-        off = max(float((e.y[rank] - e.expected(rank)).norm()) for rank in e.wrong)
-        size = sum(terms).norm() if terms and terms[0].shape == e.x.shape else max(float(e.expected(rank).norm()) for rank in e.wrong)
-        relative = off / max(float(size), 1e-300)
-        if u / 30 < relative < 4 * u:
-            name = str(dtype).removeprefix("torch.")
-            where = "in the reduction over the ranks" if "gradient" in e.key.kind else "in this module, or in what it is given"
-            yield Explanation(
-                "rounding",
-                f"a relative difference of {relative:.1e}, as rounding to {name} leaves (its unit roundoff is {u:.1e})",
-                f"{name} is used {where}: a cast, an autocast region, or a compressed communication",
-                "strategy.comm_hook, precision.reduce_dtype, precision",
-            )
-            return
+        own = [_total([p.grad for p in rank]) for rank in e.solo.parts]
+        parts = [grad / e.solo.count for grad in own if grad is not None and grad.shape == e.x.shape] or parts
+    largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
+    if not largest:
+        return
+    scale = 2.0 ** -math.floor(math.log2(largest))  # narrow dtypes are tried where they are accurate
+    off = max(float((e.y[rank] - e.expected(rank)).norm()) for rank in e.wrong)
+    compute = torch.float64 if e.cfg.precision.name == "64-true" else torch.float32
+    distances = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if torch.finfo(dtype).bits < torch.finfo(compute).bits:
+            error = torch.stack([(part * scale).to(dtype).double() / scale - part for part in parts]).sum(0).norm()
+            distances[dtype] = abs(math.log(max(off, 1e-300) / max(float(error), 1e-300)))
+    nearest = min(distances, key=lambda dtype: distances[dtype], default=None)
+    if nearest is None or distances[nearest] > math.log(4):
+        return
+    name = str(nearest).removeprefix("torch.")
+    where = "in the reduction over the ranks" if "gradient" in e.key.kind else "in this module, or in what it is given"
+    yield Explanation(
+        "rounding",
+        f"the difference has the size that rounding to {name} leaves ({off / max(float(e.expected(e.wrong[0]).norm()), 1e-300):.1e} of the whole)",
+        f"{name} is used {where}: a cast, an autocast region, or a compressed communication",
+        "strategy.comm_hook, precision.reduce_dtype, precision",
+    )
 
 
 def _one_rank(e: Evidence) -> Iterator[Explanation]:
@@ -488,11 +598,13 @@ _HYPOTHESES = (
     _tied,
     _own_gradient,
     _norm,
-    _factor,
+    _learning_rate,
+    _weight_update,
+    _known_factor,
     _means,
     _stale,
-    _weight_update,
     _own_statistics,
+    _any_factor,
     _permuted,
     _one_rank,
     _initial,

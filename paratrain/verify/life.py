@@ -100,7 +100,13 @@ def _loaded_state(ranks: Sequence[Trace], result: Comparison) -> Iterator[Findin
             kind = next(kind for kind in ("optimizer state", "weight", "buffer") if wrong[0].startswith(kind))
             absent = sum(name not in loaded for name in wrong)
             yield (
-                Difference(Key(trace.extra["saved step"], f"{kind} after resume", wrong[0].removeprefix(f"{kind} ")), [rank], 1.0, 0.0, error="stale state"),
+                Difference(
+                    Key(trace.extra["saved step"], f"{kind} after resume", wrong[0].removeprefix(f"{kind} ")),
+                    [rank],
+                    1.0,
+                    0.0,
+                    error="stale state",
+                ),
                 Explanation(
                     "stale state",
                     f"{len(wrong)} of {len(saved)} tensors are not what was saved{f', {absent} of them are not there at all' if absent else ''}; first: {wrong[0]}",

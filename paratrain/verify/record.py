@@ -146,9 +146,8 @@ class Recorder:
             self.add(Key(step, "initial weight" if initial else "weight", name), param)
         for name, buffer in model.named_buffers():
             self.add(Key(step, "initial buffer" if initial else "buffer", name), buffer)
-        names = {param: name for name, param in model.named_parameters()}
-        for name, value in optimizer_tensors(self.engine.optimizers, names).items():
-            self.add(Key(step, "optimizer state", name.removeprefix(PREFIX)), value)
+        for name, value in optimizer_states(self.engine).items():
+            self.add(Key(step, "optimizer state", name), value)
 
     def add(self, key: Key, tensor: Tensor) -> None:
         full = whole(tensor)
@@ -235,7 +234,8 @@ class Recorder:
 
         def reduced(params: Any) -> None:
             reduce(params)
-            assert engine._window is not None and engine._unit is not None
+            assert engine._window is not None
+            assert engine._unit is not None
             count = float(engine._sum_over_ranks(engine._window)[1])
             self._gradients(engine.global_step, "gradient", engine._unit / engine.scaler.scale / max(count, 1e-300))
 
@@ -290,14 +290,17 @@ def tensor_digest(tensor: Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(data.numpy()) if data.numel() else ""
 
 
+def optimizer_states(engine: Engine) -> dict[str, Tensor]:
+    """Every state of every optimizer as <parameter>/<key>."""
+    names: dict[Tensor, str] = {param: name for name, param in engine.model.named_parameters()}
+    return {name.removeprefix(PREFIX): value for name, value in optimizer_tensors(engine.optimizers, names).items()}
+
+
 def state_digests(engine: Engine) -> dict[str, str]:
     """Digests of every weight, buffer and optimizer state, by kind and name."""
-    names = {param: name for name, param in engine.model.named_parameters()}
-    found = {f"weight {name}": value for name, value in engine.model.named_parameters()}
+    found: dict[str, Tensor] = {f"weight {name}": value for name, value in engine.model.named_parameters()}
     found |= {f"buffer {name}": value for name, value in engine.model.named_buffers()}
-    found |= {
-        f"optimizer state {name.removeprefix(PREFIX)}": value for name, value in optimizer_tensors(engine.optimizers, names).items()
-    }
+    found |= {f"optimizer state {name}": value for name, value in optimizer_states(engine).items()}
     return {name: tensor_digest(value) for name, value in found.items()}
 
 

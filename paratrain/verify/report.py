@@ -43,17 +43,17 @@ class Report:
         first, where = self.first_difference, self.setup["layout"]
         if first is None:
             return f"SAME FUNCTION: {where} trains as one process does"
-        if first.step < 0:
-            when = "before the first step"
-        else:
-            when = f"in step {first.step}"
+        when = "before the first step" if first.step < 0 else f"in step {first.step}"
         return f"DIFFERENT: {where} is not the same function as one process; first difference {when}: {first.what}"
 
     def text(self) -> str:
         """For a terminal."""
         rows = [("compared", "tensors", "differ", "worst", "tolerance"), *map(_cells, self.lines)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        table = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
         lines = [f"verify: {self.setup['layout']}, {self.setup['steps']} steps, {self.setup['dtype']}, {self.seconds:.1f} s", ""]
         lines += [f"  {row}" for row in table]
         lines += ["", self.verdict()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,23 +43,17 @@ class Job:
     ranks: int
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A rank that raised."""
-
-    text: str
-    users: bool  # a UserError
+class UsersMistake(Exception):
+    """A UserError in a rank, on its way to the user; other exceptions go as they are, so that `spawn` ends the ranks that wait."""
 
 
-def guarded(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a process of its own, or the `Failure` that came of it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of C++ code, once for every rank and run; exceptions are returned
+def quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a process of its own, without the warnings that C++ code prints for every rank and run."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         return function(*args)
     except UserError as error:
-        return Failure(str(error), True)
-    except Exception:
-        return Failure(traceback.format_exc(), False)
+        raise UsersMistake(str(error)) from None
 
 
 def single(cfg: Config) -> Config:
@@ -80,18 +73,23 @@ def exact(cfg: Config) -> Config:
     return dataclasses.replace(cfg, precision=Precision("64-true"))
 
 
-def reference(job: Job, permute: bool, zoom: frozenset[Key] = frozenset()) -> Trace:
-    """Train on one process; `permute` shuffles the samples of every batch, and puts what comes out in the original order."""
+def reference(job: Job, permute: bool, zoom: frozenset[Key] = frozenset(), key: Key | None = None) -> Trace:
+    """Train on one process.
+
+    Args:
+        permute: shuffle the samples of every batch, and put what comes out in the original order.
+        zoom: keep these tensors whole.
+        key: take its step apart into what each rank would have contributed.
+    """
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(variable, None)
     began = time.monotonic()
     engine = setup(job.model_fn, job.loss_fn, single(job.cfg))
-    investigated = next((key for key in zoom), None)
     with without_dropout(engine.model):
         recorder = Recorder(engine, zoom)
         for step, share in zip(range(job.steps), feed(job, engine), strict=False):
-            if investigated is not None and step == max(investigated.step, 0):
-                recorder.trace.extra["solo"] = _investigate(job, engine, share, investigated)
+            if key is not None and step == max(key.step, 0):
+                recorder.trace.extra["solo"] = _investigate(job, engine, share, key)
             order = torch.randperm(share.size, generator=torch.Generator().manual_seed(step)) if permute else None
             recorder.step(share if order is None else _reordered(share, order))
             if order is not None:

@@ -1,0 +1,54 @@
+"""`python -m tests.faults [PATH]`: sow every fault, and write the table of what verify found and said."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from .corpus import CORPUS
+
+HEAD = """# Detection table of verify
+
+Written by `python -m tests.faults` (torch {version}, CPU, gloo). Every fault is sown into the ranks of a `ddp` layout, the one process it
+is compared with stays sound. *Found*: exit code 1. *Explained*: the kind of error is the right one, and the explanation names the cause.
+
+{found} of {total} found, {explained} of {total} explained; {seconds:.0f} s for all of them ({cores} cores).
+
+| fault | found | explained | first difference | error | explanation |
+|---|---|---|---|---|---|
+"""
+
+
+def main(path: str, only: str = "") -> int:
+    """Write the table to `path`, of the faults whose name contains `only`."""
+    import torch
+
+    rows, found, explained, began = [], 0, 0, time.monotonic()
+    for fault in (fault for fault in CORPUS if only in fault.name):
+        report = fault.verify()
+        first = report.first_difference
+        hit = first is not None
+        right = first is not None and first.error == fault.error and fault.says in report.explanation
+        found, explained = found + hit, explained + right
+        where = f"step {first.step}: {first.what}" if first is not None else ""
+        said = report.explanation.partition("\n")[0].replace("|", "\\|")
+        rows.append(
+            f"| {fault.name} | {'yes' if hit else 'NO'} | {'yes' if right else 'NO'} | {where} | {first.error if first else ''} | {said} |"
+        )
+        print(rows[-1], flush=True)
+    text = HEAD.format(
+        version=torch.__version__.partition("+")[0],
+        found=found,
+        explained=explained,
+        total=len(CORPUS),
+        seconds=time.monotonic() - began,
+        cores=os.cpu_count(),
+    )
+    Path(path).write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+    return 0 if explained == len(CORPUS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:] or ["docs/verify_table.md"]))
