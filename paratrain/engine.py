@@ -29,7 +29,8 @@ from paratrain.loss import Loss, as_sum_and_count
 from paratrain.mesh import Mesh
 from paratrain.optim import schedules
 from paratrain.optim.state import averaged, numbers, set_numbers
-from paratrain.precision import POLICIES, LossScaler
+from paratrain.parallel.pipeline import Pipeline
+from paratrain.precision import POLICIES, Fallback, LossScaler
 
 
 class NonFiniteError(UserError):
@@ -123,6 +124,8 @@ class Engine:
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
         self._policy = POLICIES[cfg.precision.name]
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        watched = cfg.precision.fallback.policy != "off"
+        self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._unit: float | None = None
@@ -245,7 +248,8 @@ class Engine:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.updates += 1
-        self.scaler.update(skipped)
+        relieved = self.fallback is not None and self.fallback.after_step(self.global_step + 1, skipped)
+        self.scaler.update(skipped, relieved)
         for param in self._params:
             param.grad = None
         self._counted = self._counted + totals[1]
@@ -324,6 +328,7 @@ class Engine:
     # ------------------------------------------------------------------ helpers
 
     @property
+            "fallback": self.fallback.state_dict() if self.fallback else None,
     def is_main_process(self) -> bool:
         return dist.get_rank() == 0
 
@@ -334,6 +339,8 @@ class Engine:
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all data ranks, concatenated along dim 0, on every rank; dims 0 may differ."""
         group = self._data_group
+        if self.fallback and counters["fallback"]:
+            self.fallback.load_state_dict(counters["fallback"])
         parts: list[Any] = [None] * group.size()
         dist.all_gather_object(parts, tensor.detach().cpu(), group=group)
         return torch.cat(parts).to(self.device)

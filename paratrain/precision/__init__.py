@@ -1,6 +1,8 @@
-"""What is computed in which dtype: `policy` (weights, compute, inputs, outputs) and `loss_scale` (float16's range)."""
+"""What is computed in which dtype: `policy` (weights, compute, inputs, outputs), `loss_scale` (float16's range),
+and `fallback` (what leaves it)."""
 
+from paratrain.precision.fallback import Fallback
 from paratrain.precision.loss_scale import LossScaler
 from paratrain.precision.policy import POLICIES, Policy, convert_module
 
-__all__ = ["POLICIES", "LossScaler", "Policy", "convert_module"]
+__all__ = ["POLICIES", "Fallback", "LossScaler", "Policy", "convert_module"]

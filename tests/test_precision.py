@@ -1,0 +1,294 @@
+"""Loss scaling, the monitor, and the fallback out of float16 and back."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import config
+from torch import nn
+
+from paratrain.api import setup
+from paratrain.config import DDP, FSDP, Fallback, LossScale, Precision, from_dict
+from paratrain.errors import ConfigError, UserError
+from paratrain.precision import LossScaler
+from paratrain.precision.monitor import LARGEST, Monitor
+from paratrain.spawn import run
+
+# ---------------------------------------------------------------------- loss scale
+
+
+def scales(options: LossScale, overflows: str) -> list[float]:
+    """The scale after each step of e.g. `..x.`, in which x overflows."""
+    scaler, seen = LossScaler(options), []
+    for mark in overflows:
+        scaler.update(mark == "x")
+        seen.append(scaler.scale)
+    return seen
+
+
+def test_loss_scale_rules():
+    assert scales(LossScale(init=8, growth_interval=2), "...x..") == [8, 16, 16, 8, 8, 16]
+    assert scales(LossScale(init=8, hysteresis=2, growth_interval=3), "xx...x.x") == [8, 4, 4, 4, 8, 8, 8, 4]
+    assert scales(LossScale(init=8, dynamic=False, growth_interval=1), "..xx.") == [8] * 5
+    with pytest.raises(UserError, match=r"at the floor of the loss scale \(4; .*fallback.policy=module"):
+        scales(LossScale(init=8, min=4), "xx")
+
+
+def test_raised_floor_and_history():
+    scaler = LossScaler(LossScale(init=8, max=16))
+    assert scaler.raise_floor()
+    assert (scaler.scale, scaler.floor, scaler.at_floor) == (16, 16, True)
+    assert not scaler.raise_floor(), "at its largest"
+    scaler.update(True, relieved=True)
+    assert (scaler.scale, scaler.skipped, scaler.changes) == (16, 1, 1)
+    again = LossScaler(LossScale(init=8, max=16))
+    again.load_state_dict(scaler.state_dict())
+    assert vars(again) == vars(scaler)
+
+
+# ---------------------------------------------------------------------- monitor
+
+
+def squares(outputs, targets):
+    return (outputs.float() - targets).square().sum(), len(targets)
+
+
+def test_readings_are_what_happened():
+    """One linear layer, whose every number is known."""
+
+    def body():
+        engine_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        assert engine_ranks == 2
+        layer = nn.Sequential(nn.Linear(2, 2, bias=False))
+        monitor = Monitor(layer, torch.device("cpu"))
+        rank = torch.distributed.get_rank()
+        x = torch.tensor([[1.0, -3.0 - rank]], requires_grad=True)
+        with torch.no_grad():
+            layer[0].weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1e-5]]))
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = layer(x)
+        out.backward(torch.ones_like(out))
+        first = monitor.read()
+        with torch.autocast("cpu", dtype=torch.float16):
+            layer(torch.full((1, 2), 7e4))
+        return first, monitor.read()
+
+    def with_group():
+        from datetime import timedelta
+
+        from paratrain import distributed
+
+        distributed.init(torch.device("cpu"), timedelta(seconds=60))
+        return body()
+
+    (first, second), (theirs, _) = run(with_group, 2)
+    assert str(first) == str(theirs)
+    reading = first["0"]
+    assert (reading.inputs, reading.outputs, reading.grad_outputs, reading.grad_inputs) == (4.0, 2.0, 1.0, 2.0)
+    assert reading.half
+    assert reading.underflow == 0.5, "of 2 and 1e-5, one is below 2^-14"
+    noise = ((2 * 2**-10) ** 2 + 2.0**-48) / 12
+    assert reading.snr == pytest.approx(10 * math.log10(4 / noise), abs=1e-3)
+    assert reading.range_used == pytest.approx(4 / LARGEST)
+    assert second["0"].inputs == 7e4
+    assert second["0"].outputs == math.inf
+    assert math.isnan(second["0"].snr)
+
+
+# ---------------------------------------------------------------------- fallback
+
+
+class Hot(nn.Module):
+    """Three layers, of which the second multiplies by `heat`."""
+
+    def __init__(self, heat: float = 1e5):
+        super().__init__()
+        self.first, self.hot, self.last = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 1)
+        self.register_buffer("heat", torch.tensor(heat))
+        with torch.no_grad():
+            self.hot.weight.copy_(torch.eye(4))
+
+    def forward(self, x):
+        return self.last(self.hot(self.first(x).float() * self.heat) / self.heat.clamp(min=1))
+
+
+def seeded_hot():
+    torch.manual_seed(1)
+    return Hot()
+
+
+def half(fallback: Fallback | None = None, **scale) -> Precision:
+    return Precision("16-mixed", LossScale(**{"init": 256.0, **scale}), fallback=fallback or Fallback("module", every=2, calm=4))
+
+
+def batches(count: int):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator)) for _ in range(count)]
+
+
+def steps(engine, data):
+    return [engine.train_step(engine.local(batch)) for batch in data]
+
+
+def events(engine):
+    return [(event["step"], event["module"], event["event"]) for event in engine.fallback.events]
+
+
+def test_without_fallback_it_fails():
+    with pytest.raises(UserError, match="floor of the loss scale"):
+        steps(setup(seeded_hot, squares, config(precision=half(Fallback("monitor")))), batches(30))
+
+
+@pytest.mark.parametrize("to", ["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", [DDP(), FSDP()], ids=lambda s: s.name)
+def test_the_module_that_overflows_moves(strategy, to):
+    def body():
+        precision = half(Fallback("module", every=2, to=to))
+        engine = setup(seeded_hot, squares, config(precision=precision, strategy=strategy))
+        seen = steps(engine, batches(8))
+        return [s.skipped for s in seen], [s.loss for s in seen], events(engine), engine.fallback.half_fraction, engine.scaler.scale
+
+    (skipped, losses, happened, fraction, scale), theirs = run(body, 2)
+    assert theirs == (skipped, losses, happened, fraction, scale) or str(theirs[1:]) == str((losses, happened, fraction, scale))
+    assert skipped == [True] + [False] * 7
+    assert happened == [(1, "hot", to)]
+    assert fraction == pytest.approx(2 / 3)
+    assert scale == 256.0, "the scale is not to blame"
+    full = setup(seeded_hot, squares, config(precision=Precision("32-true")))
+    reference = [s.loss for s in steps(full, batches(8)[1:])]
+    assert losses[1:] == pytest.approx(reference, rel=0.05 if to == "bf16" else 0.01)
+
+
+def test_global_moves_everything():
+    engine = setup(seeded_hot, squares, config(precision=half(Fallback("global", every=2))))
+    steps(engine, batches(3))
+    assert events(engine) == [(1, "", "fp32")]
+    assert engine.fallback.half_fraction == 0
+    assert engine.fallback.events[0]["why"] == "hot: its outputs overflow"
+
+
+def test_near_the_limit_moves_before_it_overflows_and_returns_when_calm():
+    engine = setup(seeded_hot, squares, config(precision=half()))
+    engine.model.heat.fill_(4e4)
+    assert not any(s.skipped for s in steps(engine, batches(4)))
+    assert events(engine)[0] == (1, "hot", "fp32")
+    engine.model.heat.fill_(1.0)
+    steps(engine, batches(6))
+    assert events(engine)[1] == (5, "hot", "half")
+    engine.model.heat.fill_(1e6)
+    steps(engine, batches(4))
+    assert events(engine)[2][1:] == ("hot", "fp32")
+    engine.model.heat.fill_(1.0)
+    before = engine.global_step
+    steps(engine, batches(12))
+    returned = events(engine)[-1]
+    assert returned[1:] == ("hot", "half")
+    assert returned[0] - events(engine)[2][0] >= 8, "a relapse doubles the calm window"
+    assert returned[0] > before
+
+
+def test_gradients_that_overflow_at_the_floor():
+    """Activations fit, gradients do not, and the scale cannot shrink: what hands on the overflow leaves half."""
+
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.steep = nn.Linear(4, 4), nn.Linear(4, 1, bias=False)
+            with torch.no_grad():
+                self.steep.weight.fill_(300.0)
+
+        def forward(self, x):
+            return self.steep(self.flat(x) * 1e-4)
+
+    engine = setup(
+        Steep,
+        lambda o, t: ((o.float() - t).square().sum() * 50, len(t)),
+        config(precision=half(Fallback("module", every=2, max_moved=1.0), init=64.0, min=64.0)),
+    )
+    seen = steps(engine, batches(8))
+    assert any(s.skipped for s in seen[:3])
+    assert not any(s.skipped for s in seen[-3:])
+    assert [(module, event) for _, module, event in events(engine)] == [("steep", "fp32"), ("flat", "fp32")]
+    assert engine.scaler.scale == 64.0
+
+
+def test_underflow_raises_the_floor():
+    def tiny(outputs, targets):
+        return squares(outputs, targets)[0] * 1e-7, len(targets)
+
+    engine = setup(lambda: Hot(1.0), tiny, config(precision=half(Fallback("module", every=1, patience=2), init=64.0)))
+    steps(engine, batches(9))
+    assert {event[2] for event in events(engine)} == {"floor"}
+    assert engine.scaler.scale == engine.scaler.floor > 64.0
+    metrics = engine.fallback.metrics()
+    assert metrics["precision/scale_floor"] == engine.scaler.floor
+    assert metrics["precision/half_modules"] == 1.0
+    assert 0 < metrics["precision/underflow"] <= 1
+
+
+def test_resume_replays_the_decisions(tmp_path):
+    def grow(engine, data):
+        seen = []
+        for batch in data:
+            engine.model.heat.fill_(10.0 ** (engine.global_step % 12 - 2))
+            seen.append(engine.train_step(engine.local(batch)))
+        return [(s.loss, s.grad_norm, s.loss_scale, s.skipped) for s in seen]
+
+    def body():
+        cfg = config(precision=half(max=1024.0, growth_interval=3))
+        data = batches(40)
+        whole = setup(seeded_hot, squares, cfg)
+        expected = grow(whole, data)
+        for cut in (8, 9, 10, 21):
+            first = setup(seeded_hot, squares, cfg)
+            grow(first, data[:cut])
+            first.save(tmp_path / f"at-{cut}")
+            second = setup(seeded_hot, squares, cfg)
+            second.load(tmp_path / f"at-{cut}")
+            assert str(grow(second, data[cut:])) == str(expected[cut:]), cut
+            assert second.fallback.events == whole.fallback.events
+            assert second.fallback.moved == whole.fallback.moved
+            mine, theirs = whole.full_state_dict(), second.full_state_dict()
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        return len(whole.fallback.events)
+
+    assert run(body, 2)[0] > 4
+
+
+def test_a_copy_of_the_model_computes_its_own_weights():
+    engine = setup(seeded_hot, squares, config(precision=half()))
+    twin = copy.deepcopy(engine.model)
+    with torch.no_grad():
+        twin.last.weight.zero_()
+        twin.last.bias.zero_()
+    assert torch.equal(twin(torch.ones(1, 4)), torch.zeros(1, 1))
+    assert not torch.equal(engine.model(torch.ones(1, 4)), torch.zeros(1, 1))
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(ConfigError) as caught:
+        from_dict({"precision": {"name": "bf16-mixed", "fallback": {"policy": "module", "low": 0.9}}})
+    assert "precision.fallback.policy: module, but precision.name=bf16-mixed has float32's range" in str(caught.value)
+    assert "precision.fallback.low: must be below high=0.5" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_run_that_overflows_reaches_float32(tmp_path, monkeypatch):
+    """examples/overflow.py: plain float16 fails, fallback=module is within 1 % of float32 with at most 20 % of the modules moved."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.chdir(tmp_path)
+    import overflow
+
+    overflow.main([])
+    del sys.modules["overflow"]
+    lines = {name: overflow.logged(Path("runs/overflow") / name) for name in ("fp32", "fp16", "fp16-module")}
+    tail = {name: [line["train/loss"] for line in run_[-20:]] for name, run_ in lines.items()}
+    assert len(lines["fp16"]) < 200, "plain dynamic scaling fails"
+    assert sum(tail["fp16-module"]) == pytest.approx(sum(tail["fp32"]), rel=0.01)
+    assert min(line["precision/half_modules"] for line in lines["fp16-module"]) >= 0.8
+    assert Path("overflow.png").stat().st_size > 10_000
