@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sharding_zoo import Conv, Recurrent, Router, Scalars, gpt
 from torch import nn
-from zoo import Conv, Recurrent, Router, Scalars, gpt
 
 from paratrain.errors import UserError
 from paratrain.parallel import blocks

@@ -11,9 +11,9 @@ import pytest
 import torch
 from reference import LENGTH, VOCAB, config, token_batches, token_loss
 from safetensors.torch import save_file
+from sharding_zoo import Scalars, gpt, zoo
 from torch import nn
 from torch.distributed.tensor import DTensor
-from zoo import Scalars, gpt, zoo
 
 from paratrain.api import setup
 from paratrain.config import DDP, FSDP, HSDP, Memory, Parallel, Precision, Single, Zero1

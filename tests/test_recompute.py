@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import LENGTH, VOCAB, config, token_batches, token_loss
+from sharding_zoo import gpt, seeded, squares, zoo
 from test_sharding import by_hand, difference, train
 from torch import nn
-from zoo import gpt, seeded, squares, zoo
 
 from paratrain.api import setup
 from paratrain.config import DDP, FSDP, Memory, Single, Zero1, Zero2

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import config, token_batches, token_loss, train_by_hand
+from sharding_zoo import float_batches, gpt, seeded, squares, zoo
 from torch import nn
 from torch.distributed.tensor import DTensor
-from zoo import float_batches, gpt, seeded, squares, zoo
 
 from paratrain.api import setup
 from paratrain.config import DDP, FSDP, HSDP, LossScale, Memory, Parallel, Precision, Zero1, Zero2, Zero3, check
