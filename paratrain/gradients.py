@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every rank that shares it; every such rank must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    torch_log = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = torch_log.level
+    torch_log.setLevel(logging.ERROR)  # it warns that what is sharded over two axes is gathered in two steps
+    try:
+        return tensor.full_tensor()
+    finally:
+        torch_log.setLevel(level)
 
 
 def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -41,7 +55,7 @@ def total_norm(grads: Sequence[torch.Tensor], device: torch.device) -> torch.Ten
             mesh, placements = layout
             assert not any(placement.is_partial() for placement in placements), "a gradient that is not reduced"
             for dim, placement in enumerate(placements):
-                if placement.is_shard():
+                if not placement.is_replicate():  # a shard of a shard does not call itself one
                     dist.all_reduce(square, group=mesh.get_group(dim))
         total += square
     return total.sqrt()

@@ -1,0 +1,188 @@
+"""Tensor and sequence parallelism of any module: parameters become parts, and the forward runs on them unchanged.
+
+A parameter is a DTensor over the `tp` axis. A module that reads one in its forward gets what this rank computes with: a plain
+tensor where every rank holds the whole, a `Split` (see `tp_split.py`) where ranks hold parts. From there on `tp_rules.py` follows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from paratrain import gradients
+from paratrain.compat import local_box
+from paratrain.config import Config
+from paratrain.distributed import rank
+from paratrain.errors import UserError
+from paratrain.mesh import Mesh
+from paratrain.parallel import tp_products, tp_rules  # noqa: F401 - the rules register themselves
+from paratrain.parallel.tp_attention import shardable_attention
+from paratrain.parallel.tp_plan import Placement, Plan, make
+from paratrain.parallel.tp_split import Peers, Split, order
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What `place` did.
+
+    Attributes:
+        plan: what is split.
+        orders: parameter name -> (dim, order): matrices that are several in one are kept rank by rank, so that a rank holds its
+            part of each; row i of what is kept is row order[i] of the user's.
+    """
+
+    plan: Plan | None = None
+    orders: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def natural(self, name: str, tensor: Any) -> Any:
+        """A tensor that is kept like the parameter `name` (its gradient, a state of its optimizer), in the user's order."""
+        return self._reorder(name, tensor, torch.argsort)
+
+    def kept(self, name: str, tensor: Any) -> Any:
+        """The inverse of `natural`."""
+        return self._reorder(name, tensor, lambda index: index)
+
+    def _reorder(self, name: str, tensor: Any, index: Callable[[Tensor], Tensor]) -> Any:
+        dim, how = self.orders.get(name, (0, None))
+        if how is None or tensor.ndim <= dim or tensor.shape[dim] != len(how):
+            return tensor
+        whole = gradients.whole(tensor.detach())
+        whole = whole.index_select(dim, index(how).to(whole.device))
+        if not isinstance(tensor, DTensor):
+            return whole
+        sizes, offsets = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = whole[tuple(slice(start, start + size) for size, start in zip(sizes, offsets, strict=True))].contiguous()
+        return DTensor.from_local(
+            local.to(tensor.to_local().device),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    @torch.no_grad()
+    def keep(self, model: nn.Module) -> None:
+        """Bring parameters that were filled in the user's order into the order in which they are kept, in place."""
+        for name, param in model.named_parameters():
+            if name in self.orders:
+                assert isinstance(param, DTensor)
+                param.to_local().copy_(self.kept(name, param.detach()).to_local())
+
+
+def place(model: nn.Module, mesh: Mesh, cfg: Config) -> Placed:
+    """Split the parameters of `model`, which are on meta, over `mesh.root["tp"]`, in place; names stay, and what was shared is.
+
+    Raises:
+        UserError: a plan that does not fit the model, or none can be found.
+    """
+    axis = mesh.root["tp"]
+    if axis.size() == 1:
+        return Placed()
+    group = axis.get_group()
+    peers = Peers(group, axis.get_local_rank(), axis.size(), cfg.parallel.sp)
+    shardable_attention(model)
+    plan = make(model, cfg, peers)
+    peers = Peers(group, peers.rank, peers.size, cfg.parallel.sp, _on_gather(plan))
+    if rank() == 0:
+        log.info("tensor parallel plan (%s):\n  %s", plan.source, "\n  ".join(plan.lines()))
+    orders: dict[str, tuple[int, Tensor]] = {}
+    made: dict[int, nn.Parameter] = {}
+    keep: list[nn.Parameter] = []
+    for path, module in list(model.named_modules()):
+        how: dict[str, Placement] = {}
+        for leaf, param in module._parameters.items():
+            if param is None or param.ndim == 0:
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            placement = plan.placements.get(name)
+            if placement is not None:
+                _check(name, param, placement, peers)
+                how[leaf] = placement
+            if id(param) not in made:
+                keep.append(param)
+                made[id(param)] = _distributed(param, placement, axis)
+                if placement is not None and len(placement.parts) > 1:
+                    orders[name] = placement.dim, torch.tensor(order(placement.parts, peers))
+            setattr(module, leaf, made[id(param)])
+        if any(True for _ in module._parameters.values()):
+            module.__dict__["_tensor_parallel"] = (peers, how, path)
+            module.__class__ = _reading_parts(type(module))
+    return Placed(plan, orders)
+
+
+def _check(name: str, param: Tensor, placement: Placement, peers: Peers) -> None:
+    if param.ndim <= placement.dim or sum(placement.parts) != param.shape[placement.dim]:
+        raise UserError(f"parallel.tp_plan: {name} has shape {tuple(param.shape)}, which {placement} does not fit")
+    if len(placement.parts) > 1 and not peers.divides(placement.parts):
+        raise UserError(
+            f"parallel.tp={peers.size}: the parts {placement.parts} of {name} do not divide by it; choose a degree that divides them"
+        )
+
+
+def _distributed(param: nn.Parameter, placement: Placement | None, axis: Any) -> nn.Parameter:
+    placements = [Replicate() if placement is None else Shard(placement.dim)]
+    sizes, _ = local_box(param.shape, axis, placements)
+    local = torch.empty(sizes, dtype=param.dtype, device=param.device)
+    value = DTensor.from_local(local, axis, placements, run_check=False, shape=param.shape, stride=param.stride())
+    new = nn.Parameter(value, requires_grad=param.requires_grad)
+    new.__dict__.update(param.__dict__)
+    return new
+
+
+def _on_gather(plan: Plan) -> Callable[[str, list[Split], str], None]:
+    """What a user asked to split and cannot stay split is an error; in a plan of ours it is worth a line in the log."""
+    told: set[tuple] = set()
+
+    def gathered(operation: str, splits: list[Split], reason: str) -> None:
+        if operation == "fused":
+            return
+        names = ", ".join(sorted(frozenset().union(*(split.sources for split in splits)))) or "the sequence"
+        if (operation, names) in told:
+            return
+        told.add((operation, names))
+        if plan.source == "user" and operation in ("view", "reshape") and splits[0].sources:
+            raise UserError(
+                f"parallel.tp_plan: the result of {names} cannot stay split in {operation}: {reason}; choose parallel.tp that divides the "
+                "number of heads, or write replicate for it (colwise/3 where three matrices are fused into one)"
+            )
+        log.warning("parallel.tp: %s of %s is computed on gathered tensors: %s", operation, names, reason)
+
+    return gathered
+
+
+class _ReadingParts(nn.Module):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, DTensor):
+            peers, how, path = self.__dict__["_tensor_parallel"]
+            if value.device_mesh.ndim == 1 and value.device_mesh.size() == peers.size:
+                local = value.to_local()
+                placement = how.get(name)
+                return local if placement is None else Split(local, *placement, peers, frozenset({f"{path}.{name}" if path else name}))
+        return value
+
+
+class _ReadingFlatWeights(_ReadingParts):
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        pass
+
+
+@cache
+def _reading_parts(cls: type) -> type:
+    mixin = _ReadingFlatWeights if issubclass(cls, nn.RNNBase) else _ReadingParts
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
