@@ -78,10 +78,9 @@ def train(cfg: pt.Config, name: str) -> list[dict]:
 
 
 def logged(directory: Path) -> list[dict]:
-    """The lines of metrics.jsonl that have a loss."""
+    """The lines of metrics.jsonl; a loss that is not finite is None."""
     path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line.get("train/loss") is not None]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plot(runs: dict[str, list[dict]], path: Path) -> None:
@@ -93,13 +92,13 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, constrained_layout=True)
     panels = (("train/loss", "loss"), ("train/loss_scale", "loss scale"), ("precision/half_modules", "fraction of modules in half"))
     for axis, (key, label) in zip(axes, panels, strict=True):
-        for name, lines in runs.items():
+        for number, (name, lines) in enumerate(runs.items()):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name)
+                axis.plot(*zip(*points, strict=True), label=name, color=f"C{number}")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend()
     axes[1].set_yscale("log", base=2)
     axes[2].set_ylim(0, 1.05)
     axes[2].set_xlabel("step")
@@ -122,7 +121,7 @@ def main(overrides: list[str]) -> None:
     }
     if int(torch.distributed.get_rank()) == 0:
         for name, lines in runs.items():
-            losses = [line["train/loss"] for line in lines]
+            losses = [line["train/loss"] for line in lines if line.get("train/loss") is not None]
             tail = losses[-20:]
             half = [line["precision/half_modules"] for line in lines if "precision/half_modules" in line]
             print(

@@ -413,6 +413,10 @@ class Config:
     data: StdlibData | TextData | HFData | SyntheticData | CustomData = key(StdlibData(), "what to train on")
     optimizer: Optimizer = key(Optimizer(), "what updates the weights")
     scheduler: Scheduler = key(Scheduler(), "the learning rate over time")
+    clip_value: float | None = key(None, "clip every element of the gradient to this, last; null: do not", minimum=0.0)
+    clip_adaptive: float | None = key(
+        None, "clip the gradient of each row to this fraction of the norm of its weights (AGC), after clip_norm; null: do not", minimum=0.0
+    )
     trainer: Trainer = key(Trainer(), "the loop")
     logger: Logger = key(Logger(), "metrics and where they go")
     checkpoint: Checkpoint = key(Checkpoint(), "when state is saved, and how much is kept")

@@ -27,7 +27,7 @@ from paratrain.errors import UserError
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count
 from paratrain.mesh import Mesh
-from paratrain.optim import schedules
+from paratrain.optim import limits, schedules
 from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler
@@ -239,6 +239,7 @@ class Engine:
             self.clip_grad_norm_(self.cfg.trainer.clip_norm)
         assert self._reduced is not None
         totals, norm = self._reduced
+        limits.clip(self._params, self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive)
         tolerant = self.cfg.trainer.nonfinite != "raise"
         skipped = (tolerant or self.scaler.enabled) and not math.isfinite(float(norm)) or (tolerant and not math.isfinite(float(totals[0])))
         result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)

@@ -374,3 +374,28 @@ def test_schedules(scheduler, expected):
         assert factor(scheduler, step, 100) == pytest.approx(value, abs=1e-12), step
     warm = [factor(scheduler, step, 100) for step in range(scheduler.warmup_steps)]
     assert warm == [(i + 1) / scheduler.warmup_steps for i in range(scheduler.warmup_steps)]
+
+
+# ---------------------------------------------------------------------- limits on gradients
+
+
+@pytest.mark.parametrize("strategy", [DDP(), FSDP()], ids=lambda s: s.name)
+def test_clipping_by_value_and_by_row(strategy):
+    """Against plain torch: rows to a tenth of their weights' norm, then elements to 0.002."""
+    inputs, targets = BATCHES[0]
+    reference = model().double()
+    total, count = token_loss(reference(inputs), targets)
+    (total / count).backward()
+    expected = {}
+    for name, param in reference.named_parameters():
+        rows, grads = (x.reshape(len(x), -1) if param.ndim > 1 else x.reshape(1, -1) for x in (param.detach(), param.grad))
+        factor = (0.1 * rows.norm(dim=1).clamp(min=1e-3) / grads.norm(dim=1).clamp(min=1e-6)).clamp(max=1)
+        expected[name] = param.detach() - (grads * factor[:, None]).view_as(param).clamp(-0.002, 0.002)
+
+    def body():
+        base = config(clip=None, strategy=strategy, optimizer=Optimizer("torch.optim.SGD", lr=1.0, weight_decay=0.0))
+        return train(replace(base, trainer=replace(base.trainer, clip_value=0.002, clip_adaptive=0.1)), BATCHES[:1])[1]
+
+    weights, _ = run(body, 2)
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, atol=1e-12, rtol=0), name

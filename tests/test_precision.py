@@ -287,8 +287,8 @@ def test_the_run_that_overflows_reaches_float32(tmp_path, monkeypatch):
     overflow.main([])
     del sys.modules["overflow"]
     lines = {name: overflow.logged(Path("runs/overflow") / name) for name in ("fp32", "fp16", "fp16-module")}
-    tail = {name: [line["train/loss"] for line in run_[-20:]] for name, run_ in lines.items()}
-    assert len(lines["fp16"]) < 200, "plain dynamic scaling fails"
+    tail = {name: [line["train/loss"] for line in run_[-20:]] for name, run_ in lines.items() if name != "fp16"}
+    assert all(line.get("train/loss") is None for line in lines["fp16"]), "plain dynamic scaling never takes a step"
     assert sum(tail["fp16-module"]) == pytest.approx(sum(tail["fp32"]), rel=0.01)
-    assert min(line["precision/half_modules"] for line in lines["fp16-module"]) >= 0.8
+    assert min(line["precision/half_modules"] for line in lines["fp16-module"] if "precision/half_modules" in line) >= 0.8
     assert Path("overflow.png").stat().st_size > 10_000
