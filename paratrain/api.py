@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from paratrain import distributed, layout, mesh, optim
-from paratrain.config import Config
+from paratrain import backends, distributed, layout, mesh, optim
+from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
 from paratrain.loss import Loss
 from paratrain.metrics.flops import on_meta
@@ -37,15 +37,19 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     """
     device = distributed.choose_device(cfg.trainer.device)
     distributed.init(device, timedelta(minutes=cfg.trainer.timeout_minutes))
+    backends.check(cfg, device)
     if cfg.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
     axes = mesh.build(cfg, device.type)
-    planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg))
+    planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1)
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
-    return Engine(laid_out, loss_fn, optim.build(cfg.optimizer, laid_out.model), axes, cfg, device, blueprint)
+    optimizers = optim.build(cfg.optimizer, laid_out.model)
+    if isinstance(cfg.strategy, Foreign):
+        return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)
+    return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 
 def _blueprint(model: nn.Module) -> nn.Module | None:

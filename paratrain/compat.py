@@ -111,9 +111,8 @@ def pipeline_orders(schedule: str, ranks: int, stages: int, micro_batches: int) 
     rows = []
     for rank in range(ranks):
         actions = [part for action in made.pipeline_order[rank] if action is not None for part in action.sub_actions or (action,)]
-        rows.append(
-            [(str(a.computation_type.value), a.stage_index, a.microbatch_index) for a in actions if a.computation_type.value in "FBIW"]
-        )
+        computed = [action for action in actions if action.computation_type.value in ("F", "B", "I", "W")]
+        rows.append([(str(a.computation_type.value), a.stage_index, int(a.microbatch_index or 0)) for a in computed])
     return rows
 
 
@@ -124,21 +123,7 @@ def with_transfers(orders: Sequence[Sequence[tuple[str, int, int]]], rank_of: Se
     kind = schedules._ComputationType
     actions = {rank: [schedules._Action(stage, kind(name), micro) for name, stage, micro in row] for rank, row in enumerate(orders)}
     lowered = schedules._add_send_recv({rank: row for rank, row in actions.items() if row}, lambda stage: rank_of[stage], len(rank_of))
-    return [[(str(a.computation_type.value), a.stage_index, a.microbatch_index) for a in lowered.get(rank, [])] for rank in actions]
-
-
-def backward_of_inputs(outputs: list[torch.Tensor], grads: list[Any] | None, inputs: list[torch.Tensor], weights: Any) -> Any:
-    """Gradients of `inputs` alone, into their `.grad`; returns what `backward_of_weights` needs to go on."""
-    from torch.distributed.pipelining._backward import stage_backward_input
-
-    return stage_backward_input(outputs, grads, inputs, iter(weights))[1]
-
-
-def backward_of_weights(weights: Any, rest: Any) -> None:
-    """Gradients of `weights`, into their `.grad`, after `backward_of_inputs`."""
-    from torch.distributed.pipelining._backward import stage_backward_weight
-
-    stage_backward_weight(iter(weights), rest)
+    return [[(str(a.computation_type.value), a.stage_index, int(a.microbatch_index or 0)) for a in lowered.get(rank, [])] for rank in actions]
 
 
 def finish_backward(module: Any) -> None:
@@ -146,9 +131,7 @@ def finish_backward(module: Any) -> None:
 
     torch's own pipeline stages do the same (`perform_reduce_grad`).
     """
-    from torch.distributed.fsdp import fully_shard
-
-    state = fully_shard.state(module)
+    state = module._get_fsdp_state()
     for member in state._state_ctx.all_states:
         for group in member._fsdp_param_groups if hasattr(member, "_fsdp_param_groups") else filter(None, [member._fsdp_param_group]):
             group.post_backward()

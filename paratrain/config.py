@@ -51,6 +51,30 @@ class Parallel:
     tp: int = key(1, "tensor parallel degree: ranks that share one matrix", minimum=1)
     pp: int = key(1, "pipeline parallel degree: stages", minimum=1)
     ep: int = key(1, "expert parallel degree", minimum=1)
+    sp: bool = key(False, "sequence parallelism: between matrix products, the ranks of tp hold parts of each sequence")
+    tp_plan: Literal["auto", "model"] | dict[str, str] = key(
+        "auto",
+        "what tp splits. auto: found by following the model's forward; model: what a Hugging Face model declares; or globs on module or "
+        "parameter names -> colwise, rowwise, vocab, replicate (colwise/3: three matrices fused into one)",
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How `parallel.pp` ranks share the depth of a model."""
+
+    schedule: str = key(
+        "1f1b",
+        "1f1b, gpipe, interleaved, looped_bfs, interleaved_zero_bubble, zbv, dualpipev, or the path of a .csv file with a row of actions a rank",
+    )
+    stages_per_rank: int | None = key(None, "runs of blocks a rank holds; null: as the schedule is made for (1 or 2)", minimum=1)
+    cuts: list[str] | None = key(None, "names of the blocks at which the second and every further stage begins; null: balanced by parameters")
+    micro_batches: int | None = key(
+        None, "micro-batches a step and rank; null: of data.micro_batch_size samples each, or twice the ranks of the pipeline", minimum=1
+    )
+    place: dict = key(
+        {}, "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where they are defined among the blocks"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +154,84 @@ class Zero3(Sharded):
     """Weights, gradients and optimizer states sharded: another name for fsdp."""
 
     name: Literal["zero3"] = key("zero3", "weights, gradients and optimizer states sharded")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An engine of another package, which owns the reduction and the update; see `paratrain/backends`."""
+
+
+@dataclass(frozen=True)
+class DeepSpeed(Foreign):
+    """What the DeepSpeed strategies have in common. Its JSON is generated: `python -m paratrain config strategy=deepspeed_zero2 --deepspeed`."""
+
+    offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where masters and optimizer states live, and where the update runs")
+    nvme_path: str | None = key(None, "directory on a local NVMe drive, for offload to nvme")
+    pin_memory: bool = key(False, "pinned host memory for what is offloaded")
+    reduce_bucket_size: int = key(500_000_000, "elements that are reduced at once", minimum=1)
+    allgather_bucket_size: int = key(500_000_000, "elements that are gathered at once", minimum=1)
+    elementwise_optimizer: bool = key(
+        False, "promise that an optimizer unknown to paratrain treats each element by itself: ZeRO hands it flat pieces of parameters"
+    )
+    ds_config: dict = key({}, "more of DeepSpeed's own JSON; a value that contradicts this configuration is an error")
+
+
+@dataclass(frozen=True)
+class DeepSpeedZero1(DeepSpeed):
+    """Optimizer states sharded by DeepSpeed."""
+
+    name: Literal["deepspeed_zero1"] = key("deepspeed_zero1", "DeepSpeed ZeRO-1")
+
+
+@dataclass(frozen=True)
+class DeepSpeedZero2(DeepSpeed):
+    """Optimizer states and gradients sharded by DeepSpeed."""
+
+    name: Literal["deepspeed_zero2"] = key("deepspeed_zero2", "DeepSpeed ZeRO-2")
+    overlap_comm: bool = key(False, "reduce gradients while the backward runs")
+
+
+@dataclass(frozen=True)
+class DeepSpeedZero3(DeepSpeed):
+    """Weights, gradients and optimizer states sharded by DeepSpeed."""
+
+    name: Literal["deepspeed_zero3"] = key("deepspeed_zero3", "DeepSpeed ZeRO-3")
+    offload_param: Literal["none", "cpu", "nvme"] = key("none", "where shards of weights live")
+    prefetch_bucket_size: int = key(50_000_000, "elements gathered ahead of their use", minimum=0)
+    param_persistence_threshold: int = key(100_000, "parameters with fewer elements stay whole", minimum=0)
+    max_live_parameters: int = key(1_000_000_000, "elements that are whole at a time", minimum=0)
+    max_reuse_distance: int = key(1_000_000_000, "elements between two uses under which a parameter stays whole", minimum=0)
+    hpz_partition_size: int = key(1, "ZeRO++: ranks of a node that keep a second copy of the shards, to gather from in backward", minimum=1)
+    quantized_weights: bool = key(False, "ZeRO++: gather weights in 8 bits (changes the result)")
+    quantized_gradients: bool = key(False, "ZeRO++: reduce gradients in 4 bits (changes the result)")
+    mics_shard_size: int | None = key(None, "MiCS: shard over groups of this many ranks, replicate between them; null: off", minimum=1)
+    mics_hierarchical_params_gather: bool = key(False, "MiCS: gather inside a node first")
+
+
+@dataclass(frozen=True)
+class FairScale(Foreign):
+    """What the FairScale strategies have in common: an archived package, each of whose parts has a native successor."""
+
+
+@dataclass(frozen=True)
+class FairScaleOSS(FairScale):
+    """Optimizer states sharded by whole parameters; gradients all-reduced (DistributedDataParallel). Native: strategy=zero1."""
+
+    name: Literal["fairscale_oss"] = key("fairscale_oss", "FairScale OSS")
+
+
+@dataclass(frozen=True)
+class FairScaleSDDP(FairScale):
+    """OSS, and each gradient reduced to the rank that owns it. Native: strategy=zero2."""
+
+    name: Literal["fairscale_sddp"] = key("fairscale_sddp", "FairScale OSS and ShardedDataParallel")
+
+
+@dataclass(frozen=True)
+class FairScaleFSDP(FairScale):
+    """FairScale's FullyShardedDataParallel: refused, with the reason. Native: strategy=fsdp."""
+
+    name: Literal["fairscale_fsdp"] = key("fairscale_fsdp", "FairScale FullyShardedDataParallel")
 
 
 @dataclass(frozen=True)
@@ -311,6 +413,10 @@ class Trainer:
     max_tokens: float | None = key(None, "stop after this many tokens (or samples, where the loss counts samples)", minimum=0)
     max_time: Time | None = key(None, "stop after this long: 90s, 30min, 12h, 2d")
     clip_norm: float | None = key(None, "clip the global gradient norm to this; null: do not clip", minimum=0.0)
+    clip_value: float | None = key(None, "clip every element of the gradient to this, last; null: do not", minimum=0.0)
+    clip_adaptive: float | None = key(
+        None, "clip the gradient of each row to this fraction of the norm of its weights (AGC), after clip_norm; null: do not", minimum=0.0
+    )
     loss_count: Literal["auto", "samples", "targets"] = key(
         "auto",
         "what a loss that is a plain mean is a mean over: samples, target elements (those equal to -100 excluded), or auto: "
@@ -404,7 +510,22 @@ class Config:
     )
     output_dir: str | None = key(None, "where the job writes; from the command line it is hydra.run.dir; null in Python: runs/<time>")
     parallel: Parallel = key(Parallel(), "degrees of parallelism")
-    strategy: Single | DDP | Zero1 | Zero2 | Zero3 | FSDP | HSDP = key(DDP(), "how the data-parallel axes are used")
+    pipeline: Pipeline = key(Pipeline(), "how parallel.pp ranks share the depth of a model")
+    strategy: (
+        Single
+        | DDP
+        | Zero1
+        | Zero2
+        | Zero3
+        | FSDP
+        | HSDP
+        | DeepSpeedZero1
+        | DeepSpeedZero2
+        | DeepSpeedZero3
+        | FairScaleOSS
+        | FairScaleSDDP
+        | FairScaleFSDP
+    ) = key(DDP(), "how the data-parallel axes are used")
     memory: Memory = key(Memory(), "what is traded for memory")
     compile: bool | str = key(False, "compile each block: true for inductor, or the name of a torch.compile backend")
     precision: Precision = key(Precision(), "dtypes and loss scaling")
@@ -413,10 +534,6 @@ class Config:
     data: StdlibData | TextData | HFData | SyntheticData | CustomData = key(StdlibData(), "what to train on")
     optimizer: Optimizer = key(Optimizer(), "what updates the weights")
     scheduler: Scheduler = key(Scheduler(), "the learning rate over time")
-    clip_value: float | None = key(None, "clip every element of the gradient to this, last; null: do not", minimum=0.0)
-    clip_adaptive: float | None = key(
-        None, "clip the gradient of each row to this fraction of the norm of its weights (AGC), after clip_norm; null: do not", minimum=0.0
-    )
     trainer: Trainer = key(Trainer(), "the loop")
     logger: Logger = key(Logger(), "metrics and where they go")
     checkpoint: Checkpoint = key(Checkpoint(), "when state is saved, and how much is kept")
@@ -470,7 +587,7 @@ def _touches(known: str, other: str) -> bool:
 
 def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     """Values that are each fine and do not go together, with the other keys that take part."""
-    for rules in (_parallel, _precision, _data, _schedule):
+    for rules in (_parallel, _precision, _data, _schedule, _foreign):
         yield from rules(cfg)
     if cfg.trainer.step_timeout is not None and parse_duration(cfg.trainer.step_timeout).unit != "seconds":
         yield Fault("trainer.step_timeout", f"{cfg.trainer.step_timeout!r} is no span of time; write 90s or 15min, or null to wait"), ()
@@ -480,9 +597,15 @@ def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
 
 def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     parallel, strategy = cfg.parallel, cfg.strategy
-    for axis in ("cp", "tp", "pp", "ep"):
+    for axis in ("cp", "ep"):
         if (degree := getattr(parallel, axis)) > 1:
             yield Fault(f"parallel.{axis}", f"{degree} is not built yet in this version of paratrain; write parallel.{axis}=1"), ()
+    if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):
+        yield Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"), ("parallel.tp",)
+    if parallel.tp > 1 and isinstance(strategy, Single):
+        yield Fault("parallel.tp", f"{parallel.tp}, but strategy=single is one process; write strategy=ddp"), ("strategy",)
+    if parallel.tp > 1 and cfg.compile is not False:
+        yield Fault("compile", "blocks that are split over ranks cannot be compiled yet; write compile=false or parallel.tp=1"), ("parallel.tp",)
     for axis in ("dp_replicate", "dp_shard"):
         degree = getattr(parallel, axis)
         if degree == 0:
@@ -506,6 +629,32 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
             if getattr(strategy, name) != getattr(DDP(), name):
                 reason = f"is read by PowerSGD only; write strategy.comm_hook=powersgd, or leave it out (comm_hook={strategy.comm_hook})"
                 yield Fault(f"strategy.{name}", reason), ("strategy.comm_hook",)
+
+
+def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    """What the engines of other packages cannot do. Which of it depends on the device is found in `backends`."""
+    strategy = cfg.strategy
+    if not isinstance(strategy, Foreign):
+        return
+    name = cfg.strategy.name
+    for axis in ("dp_replicate", "cp", "tp", "pp", "ep"):
+        if getattr(cfg.parallel, axis) not in (None, 1):
+            reason = f"{getattr(cfg.parallel, axis)}, but strategy={name} is data parallel only; write strategy=fsdp, or leave it out"
+            yield Fault(f"parallel.{axis}", reason), ("strategy",)
+    if cfg.precision.name == "64-true" and isinstance(strategy, DeepSpeed):
+        reason = f"64-true, but strategy={name} keeps its master weights in float32; write precision=fp32, or strategy=zero{name[-1]}"
+        yield Fault("precision.name", reason), ("strategy",)
+    if cfg.memory.init == "meta" and isinstance(strategy, DeepSpeedZero3):
+        reason = f"meta, but strategy={name} takes weights from rank 0; write memory.init=constructor, or strategy=fsdp"
+        yield Fault("memory.init", reason), ("strategy",)
+    if isinstance(strategy, DeepSpeed):
+        places = {key: getattr(strategy, key, "none") for key in ("offload_optimizer", "offload_param")}
+        for key, place in places.items():
+            if place == "nvme" and strategy.nvme_path is None:
+                yield Fault("strategy.nvme_path", f"required by strategy.{key}=nvme: a directory on a local drive"), (f"strategy.{key}",)
+        if places["offload_param"] != "none" and places["offload_optimizer"] == "none":
+            reason = f"{places['offload_param']} needs the optimizer states there too; write strategy.offload_optimizer={places['offload_param']}"
+            yield Fault("strategy.offload_param", reason), ("strategy.offload_optimizer",)
 
 
 def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:

@@ -8,15 +8,16 @@ the loss scale and the clipping factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from paratrain import batch as batches
@@ -123,12 +124,13 @@ class Engine:
         self._layout, self._loss_fn = layout, loss_fn
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
         self._policy = POLICIES[cfg.precision.name]
-        self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         watched = cfg.precision.fallback.policy != "off"
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
+        self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._unit: float | None = None
+        self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
         self._window: tuple[Scalar, Scalar] | None = None  # (sum, count) of the losses since the last step, on this rank
         self._votes: tuple[float, ...] = ()
@@ -160,9 +162,12 @@ class Engine:
         """
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
-        micro = batches.split(batches.as_local(batch), self.cfg.data.micro_batch_size)
+        micro = self._micro_batches(batch)
         self._votes = tuple(votes)
         with rng.preserved(self.device):
+            if self._layout.pipeline is not None:
+                self._train_stages(self._layout.pipeline, micro)
+                return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._data_rank)
                 with self.no_sync() if number + 1 < len(micro) else _nothing():
@@ -172,12 +177,15 @@ class Engine:
     @torch.no_grad()
     def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
         """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
-        micro = batches.split(batches.as_local(batch), self.cfg.data.micro_batch_size)
+        micro = self._micro_batches(batch)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         window: tuple[Scalar, Scalar] = (0.0, 0.0)
         try:
             with rng.preserved(self.device), averaged(self.optimizers):
+                if self._layout.pipeline is not None:
+                    window = self._evaluate_stages(self._layout.pipeline, micro)
+                    micro = []
                 for inputs, targets, real in micro:
                     window = self._add(window, *self._loss(self.model, inputs, targets, real))
         finally:
@@ -224,10 +232,14 @@ class Engine:
         totals = self._sum_totals()
         grads = [param.grad for param in self._params if param.grad is not None]
         factor = self._unit / self.scaler.scale / _at_least(totals[1], _TINY)
-        norm = self._scalar(gradients.total_norm(grads, self.device)) * factor
+        if self._layout.pipeline is None:
+            norm = self._scalar(self._total_norm(grads)) * factor
+        else:
+            norm = self._scalar(self._layout.pipeline.norm(self._params, self.device)) * factor
         if max_norm is not None:
             factor = factor * _at_most(max_norm / (norm + 1e-6), 1.0)
         gradients.scale(grads, factor)
+        limits.clip(self._params, self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive)
         self._reduced = (totals, norm)
         return norm
 
@@ -239,15 +251,13 @@ class Engine:
             self.clip_grad_norm_(self.cfg.trainer.clip_norm)
         assert self._reduced is not None
         totals, norm = self._reduced
-        limits.clip(self._params, self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive)
         tolerant = self.cfg.trainer.nonfinite != "raise"
         skipped = (tolerant or self.scaler.enabled) and not math.isfinite(float(norm)) or (tolerant and not math.isfinite(float(totals[0])))
         result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
         if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
         if not skipped:
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self._update()
             self.updates += 1
         relieved = self.fallback is not None and self.fallback.after_step(self.global_step + 1, skipped)
         self.scaler.update(skipped, relieved)
@@ -277,12 +287,39 @@ class Engine:
         self._layout.settle()
         state = {}
         with averaged(self.optimizers):
-            for name, value in self.model.state_dict().items():
+            entries = self.model.state_dict().items() if self._layout.pipeline is None else self._layout.pipeline.whole_state()
+            for name, value in entries:
                 if isinstance(value, torch.Tensor):
-                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: never all of them on the device
+                    whole = gradients.whole(self._layout.placed.natural(name, value))  # one at a time: never all of them on the device
                     if self.is_main_process:
                         state[name] = whole.detach().cpu().clone()
         return state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: `model/<name>` and `optimizer/<parameter>/<key>`. Every rank must call it."""
+        from paratrain import checkpoint
+
+        return self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names())
+
+    def prepare(self, saved: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        """The tensors for a checkpoint to fill, and what to call then.
+
+        Args:
+            saved: name -> (shape, dtype) of every tensor in the checkpoint.
+
+        Raises:
+            CheckpointError: another optimizer wrote it.
+        """
+        from paratrain import checkpoint
+
+        states, finish = checkpoint.prepare_optimizer(self.optimizers, self._names(), saved)
+        return self._model_tensors() | states, finish
+
+    def _model_tensors(self) -> dict[str, torch.Tensor]:
+        return {f"model/{name}": value for name, value in self.model.state_dict().items()}
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        return {param: name for name, param in self.model.named_parameters()}
 
     def counters(self) -> dict[str, Any]:
         """Every number that a resume needs beside tensors: positions, the loss scale, and the unit that gradients are scaled by."""
@@ -292,6 +329,7 @@ class Engine:
             "counted": self.tokens,
             "unit": self._unit,
             "scaler": self.scaler.state_dict(),
+            "fallback": self.fallback.state_dict() if self.fallback else None,
             "optimizers": numbers(self.optimizers, since=self._base_numbers),
         }
 
@@ -302,6 +340,8 @@ class Engine:
         set_numbers(self.optimizers, counters["optimizers"])
         if self.scaler.enabled:
             self.scaler.load_state_dict(counters["scaler"])
+        if self.fallback and counters["fallback"]:
+            self.fallback.load_state_dict(counters["fallback"])
         self._set_lr()
 
     def plan_updates(self, total: int | None) -> None:
@@ -329,7 +369,6 @@ class Engine:
     # ------------------------------------------------------------------ helpers
 
     @property
-            "fallback": self.fallback.state_dict() if self.fallback else None,
     def is_main_process(self) -> bool:
         return dist.get_rank() == 0
 
@@ -340,8 +379,6 @@ class Engine:
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all data ranks, concatenated along dim 0, on every rank; dims 0 may differ."""
         group = self._data_group
-        if self.fallback and counters["fallback"]:
-            self.fallback.load_state_dict(counters["fallback"])
         parts: list[Any] = [None] * group.size()
         dist.all_gather_object(parts, tensor.detach().cpu(), group=group)
         return torch.cat(parts).to(self.device)
@@ -355,7 +392,12 @@ class Engine:
     def _loss(self, run: Callable, inputs: Any, targets: Any, real: int) -> tuple[torch.Tensor, Any]:
         inputs = self._policy.cast_inputs(batches.to_device(inputs, self.device))
         with self._policy.autocast(self.device.type):
-            outputs = self._policy.cast_outputs(batches.call(run, inputs))
+            return self._measure(batches.call(run, inputs), targets, real)
+
+    def _measure(self, outputs: Any, targets: Any, real: int) -> tuple[torch.Tensor, Any]:
+        """(sum, count) of the loss of one micro-batch."""
+        with self._policy.autocast(self.device.type):
+            outputs = self._policy.cast_outputs(outputs)
             if real == 0:
                 return _weightless(outputs), 0
             loss = self._loss_fn(outputs, self._policy.cast_targets(batches.to_device(targets, self.device)))
@@ -366,7 +408,58 @@ class Engine:
                 return as_sum_and_count(loss, count)
             return as_sum_and_count(loss)
 
+    def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
+        """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
+        share, size = batches.as_local(batch), self.cfg.data.micro_batch_size
+        if self._layout.pipeline is None:
+            return batches.split(share, size)
+        micro = batches.split(share, size or self._layout.pipeline.micro_batch_size(share.largest))
+        filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0
+        return micro + [filler] * (self._layout.pipeline.planned.micro_batches(len(micro)) - len(micro))
+
+    def _train_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> None:
+        """Forward and backward of every micro-batch; the loss is known on the last stage and zero on the others until it is summed."""
+        self._window = (0.0, 0.0)
+
+        def finish(number: int, outputs: Any) -> torch.Tensor:
+            total, count = self._measure(outputs, *micro[number][1:])
+            return self._to_differentiate(total, count)
+
+        @contextmanager
+        def around(stage: int, number: int) -> Iterator[None]:
+            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._data_rank, stage)
+            with self._policy.autocast(self.device.type):
+                yield
+
+        pipeline.train(self._calls(micro), around, finish)
+        if not self._unit_agreed:
+            self._unit = pipeline.largest(self._unit or 0.0)
+            self._unit_agreed = True
+
+    def _evaluate_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> tuple[Scalar, Scalar]:
+        window: tuple[Scalar, Scalar] = (0.0, 0.0)
+
+        def finish(number: int, outputs: Any) -> None:
+            nonlocal window
+            window = self._add(window, *self._measure(outputs, *micro[number][1:]))
+
+        pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish)
+        return window
+
+    def _calls(self, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Callable]]:
+        inputs = [self._policy.cast_inputs(batches.to_device(part, self.device)) for part, _, _ in micro]
+        return [(part, partial(batches.call, inputs=part)) for part in inputs]
+
     def _backward(self, total: torch.Tensor, count: Any) -> None:
+        scaled = self._to_differentiate(total, count)
+        self._inside_backward = True
+        try:
+            self._layout.backward(scaled)
+        finally:
+            self._inside_backward = False
+
+    def _to_differentiate(self, total: torch.Tensor, count: Any) -> torch.Tensor:
+        """Count a micro-batch, and scale its loss to what backward starts from."""
         if not total.requires_grad:
             raise UserError(
                 "the loss does not depend on any trainable parameter: check that loss_fn uses the outputs and nothing detaches them"
@@ -374,11 +467,7 @@ class Engine:
         self._window = self._add(self._window or (0.0, 0.0), total, count)
         if self._unit is None:
             self._unit = self._agree_on_unit()
-        self._inside_backward = True
-        try:
-            (total * (self._layout.average * self.scaler.scale / self._unit)).backward()
-        finally:
-            self._inside_backward = False
+        return total * (self._layout.average * self.scaler.scale / self._unit)
 
     def _agree_on_unit(self) -> float:
         """A power of two near the count of a first micro-batch over all ranks, the same for the whole run.
@@ -387,8 +476,15 @@ class Engine:
         two rounds nothing, and the division by the true count makes up for it.
         """
         assert self._window is not None
-        count = float(self._sum_over_ranks(self._window)[1])
+        count = float(self._sum_over_ranks(self._window, over=self.mesh.data)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
+
+    def _update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _total_norm(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        return gradients.total_norm(grads, self.device)
 
     def _scalar(self, value: torch.Tensor | float) -> Scalar:
         if self.device.type == "cpu":
@@ -398,16 +494,15 @@ class Engine:
     def _add(self, window: tuple[Scalar, Scalar], total: torch.Tensor, count: Any) -> tuple[Scalar, Scalar]:
         return window[0] + self._scalar(total), window[1] + self._scalar(count)
 
-    def _sum_over_ranks(self, values: Sequence[Scalar]) -> list[Scalar]:
-        """Each value summed over the data ranks, in one collective."""
-        if self._data_ranks == 1:
+    def _sum_over_ranks(self, values: Sequence[Scalar], over: DeviceMesh | None = None) -> list[Scalar]:
+        """Each value summed over the ranks that hold parts of the loss, or those of `over`, in one collective."""
+        over = self.mesh.loss if over is None else over
+        if over.size() == 1:
             return list(values)
-        vector = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
-        dist.all_reduce(vector, group=self._data_group)
-        return vector.tolist() if self.device.type == "cpu" else list(vector)
+        return self._scalars(self._all_reduced(self._vector(values), over))
 
     def _sum_totals(self) -> list[Scalar]:
-        """Sum, count and votes of this step over the data ranks; a parameter that no rank used has no gradient afterwards.
+        """Sum, count and votes of this step over the ranks; a parameter that no data rank used has no gradient afterwards.
 
         Where gradients are sharded, one that some ranks did not use is reduced with zeros from them, so only the ranks together know.
         """
@@ -415,12 +510,30 @@ class Engine:
         own, used = (*self._window, *self._votes), self._layout.used
         if used is None:
             return self._sum_over_ranks(own)
-        totals = self._sum_over_ranks((*own, *(float(param in used) for param in self._params)))
-        for param, users in zip(self._params, totals[len(own) :], strict=True):
-            if param not in used and not float(users):
-                param.grad = None
+        here = [param in used for param in self._params]
         used.clear()
-        return totals[: len(own)]
+        users = torch.tensor(here, dtype=torch.float64).to(self.device, non_blocking=True)
+        if self.mesh.loss is self.mesh.data:
+            together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.data)
+            totals, users = self._scalars(together[: len(own)]), together[len(own) :]
+        else:
+            totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.data)
+        if not all(here):  # only then is there anything to wait for
+            for param, count in zip(self._params, users.tolist(), strict=True):
+                if not count:
+                    param.grad = None
+        return totals
+
+    def _vector(self, values: Sequence[Scalar]) -> torch.Tensor:
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+
+    def _scalars(self, vector: torch.Tensor) -> list[Scalar]:
+        return vector.tolist() if self.device.type == "cpu" else list(vector)
+
+    def _all_reduced(self, vector: torch.Tensor, over: DeviceMesh) -> torch.Tensor:
+        if over.size() > 1:
+            dist.all_reduce(vector, group=over.get_group())
+        return vector
 
     def _set_lr(self) -> None:
         factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)

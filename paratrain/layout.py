@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from paratrain.config import Config, Sharded
+from paratrain import backends
+from paratrain.config import Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import batch_norm, blocks, compile, ddp, materialise, recompute
+from paratrain.parallel import batch_norm, blocks, compile, ddp, materialise, pipeline, recompute, tensor
+from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
+from paratrain.parallel.tensor import Placed
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Layout:
         settle: makes the model its shards again after a forward that no backward follows.
         reduce: averages, once before the update, the gradients that backward does not.
         used: parameters that got a gradient from this rank since they were last cleared; None where gradients say so themselves.
+        pipeline: runs whole steps over the stages, where there are several.
+        backward: runs the backward of a scaled loss.
+        placed: what tensor parallelism split.
     """
 
     model: nn.Module
@@ -42,10 +48,13 @@ class Layout:
     settle: Callable[[], None] = lambda: None
     reduce: Callable[[Sequence[torch.Tensor]], None] = lambda params: None
     used: set[torch.Tensor] | None = field(default=None)
+    pipeline: Pipeline | None = None
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    placed: Placed = field(default_factory=Placed)
 
 
 def is_sharded(mesh: Mesh, cfg: Config) -> bool:
-    """Whether ranks hold parts of the weights. One rank alone has nothing to share, but may offload."""
+    """Whether data ranks hold parts of the weights. One rank alone has nothing to share, but may offload."""
     return isinstance(cfg.strategy, Sharded) and (mesh.data.size() > 1 or cfg.memory.offload != "none")
 
 
@@ -55,19 +64,43 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     _refuse_sparse_gradients(model)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
+    stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
+    units = stages.units if stages else units
+    placed = tensor.place(model, mesh, cfg)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
+    if placed.plan and ranks > 1 and not isinstance(cfg.strategy, Sharded):
+        cfg = replace(cfg, strategy=Zero1())  # over one shard rank: plain replication, by the machinery that knows DTensors
     recompute.apply(units, model, cfg)
     compile.apply(units, model, cfg)
+    if isinstance(cfg.strategy, Foreign):  # its package wraps the model together with the optimizers, see `backends`
+        backends.fill(planned, cfg, device)
+        return Layout(model, model)
     if is_sharded(mesh, cfg):
         sharded = shard(model, units, mesh, cfg)
         materialise.fill(planned, cfg, device)
-        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used)
+        placed.keep(model)
+        if stages:
+            run = Pipeline(stages, mesh, cfg, device, sharded=True)
+            return Layout(model, run.forward, average=ranks, settle=sharded.settle, reduce=_both(sharded.reduce, run.reduce), used=sharded.used, pipeline=run, placed=placed)
+        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, placed=placed)
     materialise.fill(planned, cfg, device)
+    placed.keep(model)
+    if stages:
+        run = Pipeline(stages, mesh, cfg, device, sharded=False)
+        return Layout(model, run.forward, reduce=run.reduce, pipeline=run, placed=placed)
     if ranks == 1:
-        return Layout(model, model)
+        return Layout(model, model, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)
     return Layout(model, wrapped, wrapped.no_sync, ranks)
+
+
+def _both(first: Callable[[Sequence[torch.Tensor]], None], then: Callable[[Sequence[torch.Tensor]], None]) -> Callable:
+    def run(params: Sequence[torch.Tensor]) -> None:
+        first(params)
+        then(params)
+
+    return run
 
 
 def _refuse_sparse_gradients(model: nn.Module) -> None:

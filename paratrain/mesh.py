@@ -67,11 +67,13 @@ class Mesh:
     Attributes:
         root: every axis of `AXES`, outermost first.
         data: dp_replicate x dp_shard flattened: the ranks that see different samples.
+        loss: pp x data flattened: the ranks that hold parts of the loss of a step.
         shard: what `fully_shard` shards over: dp_shard, or dp_replicate x dp_shard where there are replicas.
     """
 
     root: DeviceMesh
     data: DeviceMesh
+    loss: DeviceMesh
 
     @property
     def shard(self) -> DeviceMesh:
@@ -82,4 +84,5 @@ def build(cfg: Config, device_type: str) -> Mesh:
     """The mesh of this job. Needs the default process group."""
     shape = degrees(cfg, dist.get_world_size())
     root = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=AXES)
-    return Mesh(root, flatten_mesh(root[DATA], "dp"))
+    data = flatten_mesh(root[DATA], "dp")
+    return Mesh(root, data, flatten_mesh(root[("pp", *DATA)], "loss") if shape["pp"] > 1 else data)

@@ -257,6 +257,8 @@ class Trainer:
         """
         if self.eval_data is None:
             raise UserError("evaluate() without eval_data; pass Trainer(..., eval_data=...)")
+        if hasattr(self, "saver"):
+            self.saver.wait_for_copy()  # an optimizer that averages weights swaps them for an evaluation
         cfg, mesh = self.cfg, self.engine.mesh.data
         order = data.Order(len(self.eval_data), cfg.data.global_batch, cfg.seed, shuffle=False)
         steps = min(order.steps_per_epoch, cfg.trainer.eval_batches or order.steps_per_epoch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from paratrain import state
 from paratrain.checkpoint import remote
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of an engine into a directory, and deletes those that the options do not keep.
 
-    A save has two halves: `begin` copies the state to host memory, and a thread writes it, over a process group of its own.
+    `begin` copies the state to host memory, and a thread writes it, over a process group of its own. What only an optimizer's step
+    changes, and is in host memory already, the thread copies too, beside the next forward and backward; that step waits for it.
     `settle` is called on all ranks once the thread of each has ended, which they find out by voting (`ended`).
 
     Args:
@@ -40,7 +42,13 @@ class Saver:
         self.engine, self.directory, self.options = engine, directory, options
         self.failures = 0
         self._group = dist.new_group(backend="gloo") if options.async_save and dist.get_world_size() > 1 else None
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})  # of copies made at once, and by the thread
+        self._copied = threading.Event()
+        self._copied.set()
+        self._hooked = all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in engine.optimizers)
+        if self._hooked and options.async_save:
+            for optimizer in engine.optimizers:
+                optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
         self._error: BaseException | None = None
@@ -69,9 +77,15 @@ class Saver:
         if wait or not self.options.async_save:
             self._write(captured, None)
             return
-        staged = stage(captured.tensors, self._buffers)
-        self._thread = threading.Thread(target=self._write, args=(captured, staged), name="paratrain-save", daemon=True)
+        later = self._changed_by_optimizers_alone(captured.tensors)
+        staged = stage({name: tensor for name, tensor in captured.tensors.items() if name not in later}, self._buffers[0])
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._copy_and_write, args=(captured, staged, later), name="paratrain-save", daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Return once nothing of the engine's memory is still to be copied: call it before changing weights outside of a step."""
+        self._copied.wait()
 
     def settle(self) -> Path | None:
         """Wait for the save in flight; its path, or None when it failed and training may go on. Every rank must call it.
@@ -101,6 +115,26 @@ class Saver:
         if self._thread:
             self._thread.join(seconds)
 
+    def _changed_by_optimizers_alone(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._hooked:
+            return {}
+        owned = [param for o in self.engine.optimizers for group in o.param_groups for param in group["params"]]
+        owned += [
+            value for o in self.engine.optimizers for kept in o.state.values() for value in kept.values() if isinstance(value, torch.Tensor)
+        ]
+        memory = {address(tensor) for tensor in owned}
+        return {name: tensor for name, tensor in tensors.items() if tensor.device.type == "cpu" and address(tensor) in memory}
+
+    def _copy_and_write(self, captured: state.State, staged: dict[str, torch.Tensor], later: dict[str, torch.Tensor]) -> None:
+        try:
+            staged |= stage(later, self._buffers[1])
+        except BaseException as error:
+            self._error = error
+            return
+        finally:
+            self._copied.set()
+        self._write(captured, staged)
+
     def _write(self, captured: state.State, staged: dict[str, torch.Tensor] | None) -> None:
         assert self._path is not None
         try:
@@ -113,6 +147,12 @@ class Saver:
             if self.options.remote:
                 to, path = self.options.remote, self._path
                 _attempt(f"the checkpoint was not copied to {to}", lambda: remote.upload(path, to, self.options))
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor's local part begins."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def tidy(directory: Path, options: Checkpoint) -> None:

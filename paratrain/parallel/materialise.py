@@ -46,11 +46,15 @@ class Plan:
         model: the module; on meta unless `source` is "own".
         source: "own": the module has its values; "rank0": rank 0 has them in `values`; "seeded": they are drawn.
         values: every parameter and buffer by name, whole, on rank 0; empty elsewhere.
+        forms: every parameter and buffer of the whole model on meta, by name; a rank may come to hold only some of them.
+        state: names of the whole model's state_dict.
     """
 
     model: nn.Module
     source: str
     values: dict[str, torch.Tensor]
+    forms: dict[str, torch.Tensor]
+    state: frozenset[str]
 
 
 def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Plan:
@@ -86,13 +90,15 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
         model.train()  # a pretrained model often arrives in evaluation mode
     _refuse_lazy(model)
     model = convert_module(model, cfg.precision.name)
+    forms = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in _tensors(model)}
+    whole = forms, frozenset(model.state_dict())
     if cfg.memory.init == "meta":
-        return Plan(model, "seeded", {})
+        return Plan(model, "seeded", {}, *whole)
     if not sharded:
-        return Plan(model, "own", {})
+        return Plan(model, "own", {}, *whole)
     values = {name: tensor.detach() for name, tensor in _tensors(model)} if rank() == 0 else {}
     _replace(model, lambda old: torch.empty(old.shape, dtype=old.dtype, device="meta"))
-    return Plan(model, "rank0", values)
+    return Plan(model, "rank0", values, *whole)
 
 
 def fill(planned: Plan, cfg: Config, device: torch.device) -> None:
@@ -111,13 +117,31 @@ def fill(planned: Plan, cfg: Config, device: torch.device) -> None:
         _replace(model, lambda old: torch.empty_like(old, device="cpu" if offload and isinstance(old, DTensor) else device))
     with torch.no_grad():
         if planned.source == "rank0":
-            for name, tensor in _tensors(model):
-                _receive(tensor, planned.values.pop(name, None), device)
+            held = dict(_tensors(model))
+            for name, form in planned.forms.items():
+                _receive(held.get(name), form, planned.values.pop(name, None), device)
         elif planned.source == "seeded":
             with rng.preserved(device):
                 _draw(model, cfg.seed, device)
         if cfg.memory.pretrained is not None:
-            _load_pretrained(model, Path(cfg.memory.pretrained))
+            _load_pretrained(model, Path(cfg.memory.pretrained), planned.state)
+
+
+def hollow(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter and buffer on meta its shape, dtype and device, and one element of memory; `stream` brings the values."""
+    _replace(model, lambda old: torch.empty((), dtype=old.dtype, device=device).expand(old.shape))
+
+
+@torch.no_grad()
+def stream(planned: Plan, device: torch.device) -> Iterator[nn.Module]:
+    """Every module of a hollow model, innermost first, each with the values of its own parameters and buffers, whole, from rank 0."""
+    names = {id(tensor): name for name, tensor in _tensors(planned.model)}
+    for module in reversed(list(planned.model.modules())):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if (name := names.pop(id(tensor), None)) is not None:
+                tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                _receive(tensor, tensor, planned.values.pop(name, None), device)
+        yield module
 
 
 def _build(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
@@ -218,19 +242,20 @@ def _replace(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> 
                 module._buffers[name] = new(buffer)
 
 
-def _receive(target: torch.Tensor, value: torch.Tensor | None, device: torch.device) -> None:
-    """This rank's part of `target`, from the whole `value` that rank 0 has."""
-    if target.numel() == 0:
+def _receive(target: torch.Tensor | None, form: torch.Tensor, value: torch.Tensor | None, device: torch.device) -> None:
+    """This rank's part of `target`, if it holds any, from the whole `value` that rank 0 has."""
+    if form.numel() == 0:
         return
-    rows = target.shape[0] if target.ndim else 1
-    step = max(1, _PIECE * rows // (target.numel() * target.element_size()))
+    rows = form.shape[0] if form.ndim else 1
+    step = max(1, _PIECE * rows // (form.numel() * form.element_size()))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        piece = torch.empty((stop - start, *target.shape[1:]), dtype=target.dtype, device=device)
+        piece = torch.empty((stop - start, *form.shape[1:]), dtype=form.dtype, device=device)
         if value is not None:
-            piece.copy_(value[start:stop] if target.ndim else value)
+            piece.copy_(value[start:stop] if form.ndim else value)
         dist.broadcast(piece.view(-1).view(torch.uint8), src=0)  # bytes: gloo does not know every dtype
-        _keep(target, piece if target.ndim else piece[0], start)
+        if target is not None:
+            _keep(target, piece if form.ndim else piece[0], start)
 
 
 def _keep(target: torch.Tensor, piece: torch.Tensor, start: int = 0) -> None:
@@ -293,7 +318,7 @@ def _initialisers(paths: dict[str, nn.Module], path: str) -> Iterator[Callable[[
             return
 
 
-def _load_pretrained(model: nn.Module, path: Path) -> None:
+def _load_pretrained(model: nn.Module, path: Path, known: frozenset[str]) -> None:
     """Read this rank's part of every tensor of the model's state from safetensors files."""
     from safetensors import safe_open
 
@@ -304,7 +329,7 @@ def _load_pretrained(model: nn.Module, path: Path) -> None:
         if name in where:
             kept.setdefault(id(tensor), name)
     missing = [name for name, tensor in state.items() if id(tensor) not in kept]
-    unknown = [name for name in where if name not in state]
+    unknown = [name for name in where if name not in known]
     if missing or unknown:
         hint = did_you_mean(missing[0], unknown) if missing and unknown else ""
         raise UserError(
@@ -312,7 +337,7 @@ def _load_pretrained(model: nn.Module, path: Path) -> None:
             f"({', '.join(missing[:3]) or 'none'}{hint}), {len(unknown)} of its tensors are not in the model ({', '.join(unknown[:3]) or 'none'})"
         )
     opened: dict[Path, Any] = {}
-    for name in kept.values():
+    for name in kept.values():  # of what this rank holds
         tensor, file = state[name], where[name]
         if file not in opened:
             opened[file] = safe_open(file, framework="pt")

@@ -95,24 +95,24 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config) -> Placed:
     peers = Peers(group, peers.rank, peers.size, cfg.parallel.sp, _on_gather(plan))
     if rank() == 0:
         log.info("tensor parallel plan (%s):\n  %s", plan.source, "\n  ".join(plan.lines()))
+    params = dict(model.named_parameters(remove_duplicate=False))
+    split = {id(params[name]): placement for name, placement in plan.placements.items()}  # by identity: tied weights are split alike
     orders: dict[str, tuple[int, Tensor]] = {}
     made: dict[int, nn.Parameter] = {}
-    keep: list[nn.Parameter] = []
-    for path, module in list(model.named_modules()):
+    for path, module in list(model.named_modules()):  # `params` keeps what is replaced alive, so that no id comes twice
         how: dict[str, Placement] = {}
         for leaf, param in module._parameters.items():
             if param is None or param.ndim == 0:
                 continue
             name = f"{path}.{leaf}" if path else leaf
-            placement = plan.placements.get(name)
+            placement = split.get(id(param))
             if placement is not None:
                 _check(name, param, placement, peers)
                 how[leaf] = placement
             if id(param) not in made:
-                keep.append(param)
                 made[id(param)] = _distributed(param, placement, axis)
-                if placement is not None and len(placement.parts) > 1:
-                    orders[name] = placement.dim, torch.tensor(order(placement.parts, peers))
+            if placement is not None and len(placement.parts) > 1:
+                orders[name] = placement.dim, torch.tensor(order(placement.parts, peers))
             setattr(module, leaf, made[id(param)])
         if any(True for _ in module._parameters.values()):
             module.__dict__["_tensor_parallel"] = (peers, how, path)

@@ -169,11 +169,7 @@ def _runnable(model: nn.Module) -> tuple[nn.Module, Any]:
     devices = ["meta"] + (["cpu"] if sum(tensor.numel() for tensor in tensors) < _MOST_REAL else [])
     for device in devices:
         for inputs in _guesses(model, device):
-            twin = copy.deepcopy(model)
-            if device == "cpu":
-                twin.to_empty(device="cpu")
-                for tensor in [*twin.parameters(), *twin.buffers()]:
-                    tensor.detach().zero_()
+            twin = _copy(model, device)
             try:
                 with rng.preserved(torch.device("cpu")), torch.no_grad():
                     _call(twin, inputs)
@@ -185,6 +181,15 @@ def _runnable(model: nn.Module) -> tuple[nn.Module, Any]:
         f"(the last error: {reasons[-1] if reasons else 'no layer shows what it takes'}); write the plan: "
         "parallel.tp_plan={'layers.*.q_proj': colwise, 'layers.*.o_proj': rowwise, ...}"
     )
+
+
+def _copy(model: nn.Module, device: str) -> nn.Module:
+    """The model with zeros on `device`; what was shared is."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        memo[id(tensor)] = nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+    return copy.deepcopy(model, memo)
 
 
 def _guesses(model: nn.Module, device: str) -> Iterator[Any]:

@@ -84,11 +84,12 @@ def _addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("baddbmm")
 def _baddbmm(func: Any, args: tuple, kwargs: dict) -> Any:
-    added, a, b = args[:3]
+    added, a, b = (argument(args, kwargs, i, name) for i, name in enumerate(("input", "batch1", "batch2")))
+    options = {name: kwargs[name] for name in ("beta", "alpha") if name in kwargs}
     first = next((t for t in (a, b) if isinstance(t, Split)), None)
     if first is None or first.split_dim != 0 or added.ndim != 3:
         return None
-    return join(first, func(*(aligned(t, first, -3) for t in (added, a, b)), **kwargs), [added, a, b], 0)
+    return join(first, torch.baddbmm(*(aligned(t, first, -3) for t in (added, a, b)), **options), [added, a, b], 0)
 
 
 def _product(a: Tensor, b: Tensor) -> Any:

@@ -666,7 +666,7 @@ def _slice(split: Split, item: slice) -> tuple[slice, Parts] | None:
 
 @rule("cat", "concat", "concatenate")
 def _cat(func: Any, args: tuple, kwargs: dict) -> Any:
-    tensors = list(argument(args, kwargs, 0, "tensors"))
+    tensors = [tensor for tensor in argument(args, kwargs, 0, "tensors") if tensor.shape != (0,)]  # as torch does: an empty cache
     first = next(tensor for tensor in tensors if isinstance(tensor, Split))
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % first.ndim
     if any(tensor.ndim != first.ndim for tensor in tensors):

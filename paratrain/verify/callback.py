@@ -45,7 +45,7 @@ class ReplicaCheck(Callback):
 def check_replicas(engine: Engine) -> None:
     """Raise a `UserError` if ranks that should hold the same weights do not; every rank must call it."""
     named = dict(engine.model.named_parameters())
-    tensors = [(f"parameter {name}", param) for name, param in named.items()]
+    tensors: list[tuple[str, Tensor]] = [(f"parameter {name}", param) for name, param in named.items()]
     tensors += [(f"gradient of {name}", param.grad) for name, param in named.items() if param.grad is not None]
     mine = torch.stack([torch.stack([fingerprint(_local(tensor)), _shard(tensor, engine)]) for _, tensor in tensors])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

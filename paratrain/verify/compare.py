@@ -82,6 +82,7 @@ class Comparison:
     differences: list[Difference] = field(default_factory=list)
     lines: dict[str, Line] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # outputs whose dim 0 does not count samples
+    bound: Tolerance | None = None
 
     def line(self, kind: str) -> Line:
         return self.lines.setdefault(kind, Line(kind))
@@ -89,8 +90,8 @@ class Comparison:
 
 def compare(reference: Trace, noise: Trace, ranks: Sequence[Trace], compute: torch.dtype) -> Comparison:
     """Every difference, in the order of execution on one process."""
-    result = Comparison()
-    bound = _Tolerance(reference, noise, compute)
+    bound = Tolerance(reference, noise, compute)
+    result = Comparison(bound=bound)
     steps = sorted({key.step for key in reference.events})
     for step in steps:
         _compare_samples(step, reference, ranks, result)
@@ -100,7 +101,9 @@ def compare(reference: Trace, noise: Trace, ranks: Sequence[Trace], compute: tor
     return result
 
 
-class _Tolerance:
+class Tolerance:
+    """The formula above, for the events of one run."""
+
     def __init__(self, reference: Trace, noise: Trace, compute: torch.dtype):
         events = reference.events
         seen = {event.dtype for key, event in events.items() if key.kind != "optimizer state"}
@@ -194,7 +197,7 @@ def _compare_samples(step: int, reference: Trace, ranks: Sequence[Trace], result
         result.differences.append(difference)
 
 
-def _compare_event(key: Key, event: Event, ranks: Sequence[Trace], bound: _Tolerance, result: Comparison) -> None:
+def _compare_event(key: Key, event: Event, ranks: Sequence[Trace], bound: Tolerance, result: Comparison) -> None:
     found = {rank: trace.events[key] for rank, trace in enumerate(ranks) if key in trace.events}
     if key.kind == "activation":
         pairs = _activations(key, event, found, ranks, result)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from paratrain import spawn
 from paratrain.config import Config
 from paratrain.errors import UserError
+from paratrain.mesh import AXES
 from paratrain.precision import POLICIES
 from paratrain.verify import explain, life, run
+from paratrain.verify.case import Evidence, Explanation
 from paratrain.verify.compare import Comparison, Difference, compare
 from paratrain.verify.record import Key, Trace
 from paratrain.verify.report import Report
@@ -82,6 +84,7 @@ def verify(
             return dataclasses.replace(found, setup=setup, seconds=time.monotonic() - began)
         differences = [difference for difference, _ in found]
         explanation = str(found[0][1]) if found else ""
+        notes += life.notes(result)
     first = differences[0] if differences else None
     return Report(first, explanation, differences, list(result.lines.values()), setup, notes, time.monotonic() - began)
 
@@ -170,7 +173,7 @@ def _life(job: Job, result: Comparison, timeout: float) -> list[life.Finding] | 
 
 def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float, notes: list[str]) -> str:
     """Run again, keep the first tensor that differs, and say what happened to it."""
-    found: explain.Explanation
+    found: Explanation
     if first.error == "missing":
         found = explain.missing(first.key, first.ranks)
     elif first.error == "shape":
@@ -188,10 +191,10 @@ def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace],
     return str(found)
 
 
-def _explain_data(first: Difference) -> explain.Explanation:
+def _explain_data(first: Difference) -> Explanation:
     if first.error == "permuted rows":
-        return explain.Explanation("permuted rows", first.detail, "samples dealt to other ranks than the layout says", "engine.local, data")
-    return explain.Explanation(
+        return Explanation("permuted rows", first.detail, "samples dealt to other ranks than the layout says", "engine.local, data")
+    return Explanation(
         first.error or "wrong samples",
         first.detail,
         "every rank reads the data by itself, or with the rank of another axis: a sampler that does not know the data ranks",
@@ -199,7 +202,7 @@ def _explain_data(first: Difference) -> explain.Explanation:
     )
 
 
-def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float, notes: list[str]) -> explain.Evidence:
+def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace], timeout: float, notes: list[str]) -> Evidence:
     key = first.key
     before = _before(key)
     zoom = frozenset({key, before}) if before is not None else frozenset({key})
@@ -224,7 +227,7 @@ def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace]
         if Key(key.step, name, "") in single.events
     }
     numbers["samples"] = float(len(reference.samples.get(key.step, ())))
-    return explain.Evidence(
+    return Evidence(
         key=key,
         x=x,
         y=ys,
@@ -252,7 +255,8 @@ def _before(key: Key) -> Key | None:
 
 def _describe(job: Job, dtype: str) -> dict[str, Any]:
     cfg = job.cfg
-    degrees = [f"{name}={value}" for name, value in vars(cfg.parallel).items() if value not in (None, 1)]
+    asked = {axis: getattr(cfg.parallel, axis, None) for axis in (*AXES, "ep")}
+    degrees = [f"{axis}={degree}" for axis, degree in asked.items() if degree not in (None, 1)]
     layout = " ".join([f"strategy={cfg.strategy.name}", *degrees, f"on {job.ranks} ranks"])
     return {
         "layout": layout,

@@ -151,8 +151,7 @@ class Recorder:
 
     def add(self, key: Key, tensor: Tensor) -> None:
         full = whole(tensor)
-        nonfinite = int((~torch.isfinite(full)).sum()) if full.is_floating_point() else 0
-        self.trace.events[key] = Event(sketch(full), tuple(full.shape), full.dtype, full.numel(), nonfinite)
+        self.trace.events[key] = _event(full)
         if key in self.zoom:
             self.trace.full[key] = full.clone()
 
@@ -213,10 +212,10 @@ class Recorder:
     def _wrap_backward(self) -> None:
         backward = self.engine._backward
 
-        def watched(total: Tensor, *args: Any) -> None:
+        def watched(total: Tensor, count: Any) -> None:
             self.in_backward, self.trace.loss_dtype = True, total.dtype
             try:
-                backward(total, *args)
+                backward(total, count)
             finally:
                 self.in_backward = False
 
@@ -287,7 +286,7 @@ def tensor_digest(tensor: Tensor) -> str:
     import xxhash
 
     data = whole(tensor).contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_64_hexdigest(data.numpy()) if data.numel() else ""
+    return xxhash.xxh3_64_hexdigest(data.numpy().data) if data.numel() else ""
 
 
 def optimizer_states(engine: Engine) -> dict[str, Tensor]:
@@ -296,12 +295,27 @@ def optimizer_states(engine: Engine) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): value for name, value in optimizer_tensors(engine.optimizers, names).items()}
 
 
-def state_digests(engine: Engine) -> dict[str, str]:
-    """Digests of every weight, buffer and optimizer state, by kind and name."""
-    found: dict[str, Tensor] = {f"weight {name}": value for name, value in engine.model.named_parameters()}
-    found |= {f"buffer {name}": value for name, value in engine.model.named_buffers()}
-    found |= {f"optimizer state {name}": value for name, value in optimizer_states(engine).items()}
-    return {name: tensor_digest(value) for name, value in found.items()}
+def state_of(engine: Engine) -> dict[Key, Tensor]:
+    """Every weight, buffer and optimizer state as it is now; the step is that which comes next."""
+    step = engine.global_step
+    found: dict[Key, Tensor] = {Key(step, "weight", name): value for name, value in engine.model.named_parameters()}
+    found |= {Key(step, "buffer", name): value for name, value in engine.model.named_buffers()}
+    return found | {Key(step, "optimizer state", name): value for name, value in optimizer_states(engine).items()}
+
+
+def state_digests(engine: Engine) -> dict[Key, str]:
+    """Digests of every bit of `state_of`."""
+    return {key: tensor_digest(value) for key, value in state_of(engine).items()}
+
+
+def state_events(engine: Engine) -> dict[Key, Event]:
+    """Sketches of `state_of`."""
+    return {key: _event(whole(value)) for key, value in state_of(engine).items()}
+
+
+def _event(full: Tensor) -> Event:
+    nonfinite = int((~torch.isfinite(full)).sum()) if full.is_floating_point() else 0
+    return Event(sketch(full), tuple(full.shape), full.dtype, full.numel(), nonfinite)
 
 
 class NoDropout(TorchFunctionMode):

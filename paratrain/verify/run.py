@@ -21,7 +21,7 @@ from paratrain.config import Config, Memory, Parallel, Precision, Single
 from paratrain.engine import Engine
 from paratrain.errors import UserError
 from paratrain.verify.evidence import Solo, solo
-from paratrain.verify.record import Key, Recorder, Trace, state_digests, without_dropout
+from paratrain.verify.record import Key, Recorder, Trace, state_digests, state_events, without_dropout
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def life(job: Job, directory: str) -> Trace:
     trace, extra = recorder.trace, recorder.trace.extra
     extra |= {"saved step": engine.global_step, "saved": state_digests(engine)}
     extra["loss"] = recorder.step(next(shares)).loss
-    extra["after"] = state_digests(engine)
+    extra |= {"after": state_digests(engine), "after events": state_events(engine)}
     resumed = setup(job.model_fn, job.loss_fn, job.cfg)
     resumed.load(path)
     extra |= {"resumed step": resumed.global_step, "loaded": state_digests(resumed)}
     again = Recorder(resumed, randomness=True)
     extra["resumed loss"] = again.step(next(feed(job, resumed))).loss
-    extra["resumed"] = state_digests(resumed)
+    extra |= {"resumed": state_digests(resumed), "resumed events": state_events(resumed)}
     extra |= {"resumed draws": again.trace.draws, "resumed samples": again.trace.samples}
     trace.seconds = time.monotonic() - began
     return trace

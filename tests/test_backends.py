@@ -1,0 +1,306 @@
+"""Engines of other packages: the same numbers, the same checkpoints, or a refusal that says what to write.
+
+The float32 bound of a step is 5e-6: twenty updates of AdamW amplify rounding of 6e-8 by their division through small second moments.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import Tiny, config, token_batches, token_loss, train_by_hand
+from torch import nn
+
+from paratrain.api import setup
+from paratrain.config import (
+    DDP,
+    FSDP,
+    DeepSpeedZero1,
+    DeepSpeedZero2,
+    DeepSpeedZero3,
+    FairScaleOSS,
+    FairScaleSDDP,
+    Optimizer,
+    Precision,
+)
+from paratrain.errors import UserError
+from paratrain.spawn import run
+
+BOUND = 5e-6
+FP32 = Precision("32-true")
+
+
+def needs(package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed: pip install 'paratrain[{package}]', or make test-backends")
+
+
+FOREIGN = {
+    "deepspeed": [
+        DeepSpeedZero1(),
+        DeepSpeedZero2(),
+        DeepSpeedZero2(offload_optimizer="cpu"),
+        DeepSpeedZero3(param_persistence_threshold=50),
+        DeepSpeedZero3(offload_optimizer="cpu", offload_param="cpu"),
+    ],
+    "fairscale": [FairScaleOSS(), FairScaleSDDP()],
+}
+each_package = pytest.mark.parametrize("strategies", [pytest.param(s, marks=needs(name), id=name) for name, s in FOREIGN.items()])
+
+
+def build():
+    torch.manual_seed(11)
+    return Tiny()
+
+
+def cfg_of(strategy, micro=2, **sections):
+    return config(micro, precision=FP32, strategy=strategy, **sections)
+
+
+def train(cfg, batches, model=build, loss_fn=token_loss):
+    engine = setup(model, loss_fn, cfg)
+    steps = [engine.train_step(engine.local(batch)) for batch in batches]
+    return [s.loss for s in steps], [s.grad_norm for s in steps], [s.count for s in steps], engine.full_state_dict()
+
+
+def largest(weights, expected):
+    assert weights.keys() == expected.keys()
+    return max(float((weights[name] - value).abs().max()) for name, value in expected.items())
+
+
+def assert_close(result, expected):
+    (losses, norms, _, weights), (ref_losses, ref_norms, ref_weights) = result, expected
+    assert max(abs(a - b) for a, b in zip(losses, ref_losses, strict=True)) < BOUND
+    assert max(abs(a - b) for a, b in zip(norms, ref_norms, strict=True)) < BOUND
+    assert largest(weights, ref_weights) < BOUND
+
+
+@each_package
+def test_equals_one_process(strategies):
+    """20 steps, masked batches that do not divide by the ranks, accumulation and none, clipping."""
+    batches = token_batches(20, 10, True)
+    cases = [(strategy, micro) for strategy in strategies for micro in (2, None)]
+    expected = train_by_hand(build(), batches)
+
+    def body():
+        return [train(cfg_of(strategy, micro), batches) for strategy, micro in cases]
+
+    ours, theirs = run(body, 2)
+    for result, other in zip(ours, theirs, strict=True):
+        assert_close(result, expected)
+        assert other[:3] == result[:3], "every rank reports the same numbers"
+        assert other[3] == {}, "only rank 0 holds the full state"
+        assert result[2] == [int((t != -100).sum()) for _, t in batches]
+
+
+@each_package
+def test_fewer_samples_than_ranks(strategies):
+    batches = token_batches(4, 2, True)
+
+    def body():
+        return [train(cfg_of(strategy, None, clip=None), batches) for strategy in (*strategies, DDP())]
+
+    *results, native = run(body, 3)[0]
+    for result in results:
+        assert result[2] == native[2]
+        assert largest(result[3], native[3]) < BOUND
+
+
+@each_package
+def test_own_loop(strategies):
+    """forward, backward, no_sync, clip and step by hand, with evaluations in between."""
+    batches = token_batches(4, 8, True)
+
+    def own_loop(strategy):
+        engine = setup(build, token_loss, cfg_of(strategy))
+        losses, norms = [], []
+        for batch in batches:
+            share = engine.local(batch)
+            with engine.no_sync():
+                engine.backward(token_loss(engine(share.inputs[:2]), share.targets[:2]))
+            engine.backward(token_loss(engine(share.inputs[2:]), share.targets[2:]))
+            norms.append(float(engine.clip_grad_norm_(0.5)))
+            losses.append(engine.step().loss)
+            assert not math.isnan(engine.eval_step(share).loss)
+        return losses, norms, None, engine.full_state_dict()
+
+    for result in run(lambda: [own_loop(strategy) for strategy in strategies], 2)[0]:
+        assert_close(result, train_by_hand(build(), batches))
+
+
+@each_package
+def test_a_step_that_is_not_finite_changes_nothing(strategies):
+    batches = token_batches(3, 8, True)
+    now = {"step": 0}
+
+    def loss(outputs, targets):
+        total, count = token_loss(outputs, targets)
+        bad = now["step"] == 1 and torch.distributed.get_rank() == 1
+        return total * (float("inf") if bad else 1.0), count
+
+    def go(strategy, policy):
+        cfg = cfg_of(strategy)
+        engine = setup(build, loss, replace(cfg, trainer=replace(cfg.trainer, nonfinite=policy)))
+        results = []
+        for step, batch in enumerate(batches):
+            now["step"] = step
+            try:
+                results.append(engine.train_step(engine.local(batch)).skipped)
+            except UserError as error:
+                return str(error), engine.full_state_dict()
+        return results, engine.updates, engine.full_state_dict()
+
+    after_one, after_two = (train_by_hand(build(), kept)[2] for kept in (batches[:1], [batches[0], batches[2]]))
+    for skip, stop in run(lambda: [(go(strategy, "skip"), go(strategy, "raise")) for strategy in strategies], 2)[0]:
+        assert skip[:2] == ([False, True, False], 2)
+        assert largest(skip[2], after_two) < BOUND
+        assert stop[0].startswith("step 1: the loss is")
+        assert largest(stop[1], after_one) < BOUND
+
+
+ROUND = [("zero2", DeepSpeedZero2()), ("fsdp", FSDP()), ("ddp", DDP()), ("oss", FairScaleOSS()), ("zero3", DeepSpeedZero3()), ("sddp", FairScaleSDDP()), ("zero1", DeepSpeedZero1())]
+
+
+@needs("deepspeed")
+@needs("fairscale")
+def test_a_run_moves_from_engine_to_engine(tmp_path):
+    """ZeRO-2 -> FSDP2 -> DDP -> OSS -> ZeRO-3 -> SDDP -> ZeRO-1 -> ZeRO-2, on 2 and 3 ranks in turn, with the optimizer's state."""
+    batches = token_batches(2 * (len(ROUND) + 1), 9, True)
+
+    def leg(number, strategy):
+        engine = setup(build, token_loss, cfg_of(strategy, None))
+        if number:
+            assert engine.load(tmp_path / str(number - 1)) == {"leg": number - 1}
+        assert engine.global_step == 2 * number
+        losses = [engine.train_step(engine.local(batch)).loss for batch in batches[2 * number : 2 * number + 2]]
+        engine.save(tmp_path / str(number), {"leg": number})
+        return losses, engine.full_state_dict()
+
+    losses, weights = [], {}
+    for number, (_, strategy) in enumerate([*ROUND, ROUND[0]]):
+        (part, weights), *_ = run(leg, 2 + number % 2, number, strategy)
+        losses += part
+    expected = train_by_hand(build(), batches)
+    assert max(abs(a - b) for a, b in zip(losses, expected[0], strict=True)) < BOUND
+    assert largest(weights, expected[2]) < BOUND
+
+
+@each_package
+def test_resume_under_the_same_engine_is_exact(strategies, tmp_path):
+    """Save after 2 of 4 steps, go on in other processes: the same bits."""
+    batches = token_batches(4, 8, True)
+
+    def body(first, last):
+        results = []
+        for number, strategy in enumerate(strategies):
+            engine = setup(build, token_loss, cfg_of(strategy))
+            if first:
+                engine.load(tmp_path / str(number))
+            losses = [engine.train_step(engine.local(batch)).loss for batch in batches[first:last]]
+            if last == 2:
+                engine.save(tmp_path / str(number))
+            results.append((losses, engine.full_state_dict()))
+        return results
+
+    run(body, 2, 0, 2)
+    whole, resumed = run(lambda: (body(0, 4), body(2, 4)), 2)[0]
+    for (losses, weights), (after, again) in zip(whole, resumed, strict=True):
+        assert after == losses[2:]
+        assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_frozen_parameters_and_buffers(tmp_path):
+    """What is not trained is neither lost nor changed, and comes back from a checkpoint."""
+    pytest.importorskip("deepspeed", reason="pip install 'paratrain[deepspeed]', or make test-backends")
+
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.trained = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.frozen.requires_grad_(False)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.seen += 1
+            return self.trained(self.frozen(x))
+
+    def model():
+        torch.manual_seed(5)
+        return Partly()
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 4, generator=generator), torch.randn(4, 3, generator=generator)) for _ in range(3)]
+
+    def squares(outputs, targets):
+        return (outputs - targets).square().sum(), targets.numel()
+
+    def body(strategy):
+        engine = setup(model, squares, cfg_of(strategy, None))
+        for batch in batches:
+            engine.train_step(engine.local(batch))
+        state = engine.full_state_dict()
+        engine.save(tmp_path / strategy.name)
+        other = setup(lambda: Partly(), squares, cfg_of(strategy, None))
+        other.load(tmp_path / strategy.name)
+        again = other.full_state_dict()
+        return state, again
+
+    native = run(lambda: train(cfg_of(DDP(), None), batches, model, squares), 2)[0][3]
+    for strategy in (DeepSpeedZero1(), DeepSpeedZero3(param_persistence_threshold=0)):
+        state, again = run(body, 2, strategy)[0]
+        assert largest(state, native) < BOUND
+        assert state["seen"] == 3
+        assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+@needs("deepspeed")
+def test_bf16_follows_float32():
+    batches = token_batches(5, 8, True)
+    full = run(lambda: train(cfg_of(DDP(), 4), batches), 2)[0]
+    for strategy in (DeepSpeedZero1(), DeepSpeedZero2(), DeepSpeedZero3(param_persistence_threshold=0)):
+        for name, bound in (("bf16-mixed", 0.02), ("bf16-true", 0.05)):
+            losses, _, _, weights = run(lambda: train(replace(cfg_of(strategy, 4), precision=Precision(name)), batches), 2)[0]  # noqa: B023
+            assert max(abs(a - b) for a, b in zip(losses, full[0], strict=True)) < bound, (strategy.name, name)
+            assert losses != full[0], "the precision asked for is the one used"
+            assert weights["up.weight"].dtype is torch.float32, "the float32 masters are what is kept"
+
+
+@needs("deepspeed")
+def test_output_is_kept_in_a_file(tmp_path, capfd):
+    """Nothing of DeepSpeed's on stdout; its log is beside the run."""
+
+    def body():
+        train(replace(cfg_of(DeepSpeedZero3()), output_dir=str(tmp_path)), token_batches(1, 4, True))
+
+    run(body, 2)
+    assert "deepspeed" not in capfd.readouterr().out.lower()
+    assert sorted(path.name for path in (tmp_path / "deepspeed").iterdir()) == ["rank-00000.log", "rank-00001.log"]
+
+
+@needs("deepspeed")
+def test_refusals():
+    def message(cfg):
+        with pytest.raises(UserError) as error:
+            setup(build, token_loss, cfg)
+        return str(error.value)
+
+    two = cfg_of(DeepSpeedZero2())
+    assert "refuses it ('Type fp16 is not supported on your device.')" in message(replace(two, precision=Precision("16-mixed")))
+    assert "flat pieces of parameters" in message(replace(two, optimizer=Optimizer("torch.optim.Adafactor", lr=1e-3)))
+    assert "CUDA code" in message(cfg_of(DeepSpeedZero3(quantized_weights=True)))
+    clash = {"gradient_clipping": 1.0, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "round_robin_gradients": True}}
+    text = message(cfg_of(DeepSpeedZero2(ds_config=clash)))
+    assert "strategy.ds_config.gradient_clipping: 1.0, but trainer.clip_norm makes it 0.5" in text
+    assert "strategy.ds_config.optimizer: is the engine's here; leave it out, and write optimizer=..." in text
+    assert "strategy.ds_config.zero_optimization.stage: 3, but strategy makes it 2" in text
+    assert "round_robin" not in text
+
+
+@needs("fairscale")
+def test_fairscale_says_what_replaces_it(caplog):
+    train(cfg_of(FairScaleOSS()), token_batches(1, 4, True))
+    assert "the native strategy replaces it, from the same checkpoint: strategy=zero1" in caplog.text

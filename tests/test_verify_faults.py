@@ -1,0 +1,14 @@
+"""Every fault of the corpus is found, and explained by its cause."""
+
+from __future__ import annotations
+
+import pytest
+from faults.corpus import CORPUS
+
+
+@pytest.mark.parametrize("fault", CORPUS, ids=lambda fault: fault.name)
+def test_found_and_explained(fault):
+    report = fault.verify()
+    assert not report.ok
+    assert report.first_difference.error == fault.error, report.text()
+    assert fault.says in report.explanation, report.text()
