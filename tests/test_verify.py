@@ -96,7 +96,7 @@ def test_tolerance_follows_the_precision_and_finds_small_errors_in_float64():
 def test_sketches_are_linear_and_keep_norms():
     x, y = torch.randn(3, 50_000, dtype=torch.float64), torch.randn(3, 50_000, dtype=torch.float64)
     assert torch.allclose(sketch(x, 3) - sketch(y, 3), sketch(x - y, 3))
-    assert sketch(x, 3).norm() == pytest.approx(x.norm(), rel=0.05)
+    assert float(sketch(x, 3).norm()) == pytest.approx(float(x.norm()), rel=0.05)
     assert torch.equal(sketch(x[:, :100], 3), x[:, :100]), "what is small is kept"
     moved = x.clone()
     moved[1, [7, 9]] = x[1, [9, 7]]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from faults import models
 from faults.corpus import config
 from torch import nn
@@ -27,7 +28,7 @@ def come_apart(ranks: int, culprit: int | None, steps: int = 3) -> list[str]:
         check = ReplicaCheck(every=2)
         for step in range(steps):
             result = engine.train_step(engine.local(models.vectors()[0]))
-            if torch.distributed.get_rank() == culprit and step == 0:
+            if dist.get_rank() == culprit and step == 0:
                 weight = engine.model[2].weight.data.view(torch.int32)
                 weight[1, 3] ^= 1
             try:
@@ -66,7 +67,7 @@ def test_in_a_trainer(tmp_path):
 
         def forward(self, x):
             self.calls += 1
-            if self.calls == 3 and torch.distributed.get_rank() == 1:
+            if self.calls == 3 and dist.get_rank() == 1:
                 self.linear.bias.data += 1
             return self.linear(x)
 

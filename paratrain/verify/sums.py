@@ -185,6 +185,8 @@ def _known_factors(e: Evidence) -> Iterator[tuple[float, str, str, str, str]]:
     n, scale = e.ranks, e.numbers.get("loss scale", 1.0)
     micro = max((len(parts) for parts in e.solo.parts), default=1) if e.solo else 1
     yield -1.0, "sign", "the sign is wrong", "a loss that is maximised, or a difference taken the other way round", "loss"
+    if "gradient" not in e.key.kind and e.key.kind != "loss":
+        return
     if scale not in (1.0, 0.0):
         yield (
             1 / scale,
