@@ -13,7 +13,7 @@ from reference import config
 from torch import nn
 
 from paratrain.api import setup
-from paratrain.config import DDP, FSDP, Fallback, LossScale, Precision, from_dict
+from paratrain.config import DDP, FSDP, Fallback, Float8, LossScale, Precision, from_dict
 from paratrain.errors import ConfigError, UserError
 from paratrain.precision import LossScaler
 from paratrain.precision.monitor import LARGEST, Monitor
@@ -292,3 +292,56 @@ def test_the_run_that_overflows_reaches_float32(tmp_path, monkeypatch):
     assert sum(tail["fp16-module"]) == pytest.approx(sum(tail["fp32"]), rel=0.01)
     assert min(line["precision/half_modules"] for line in lines["fp16-module"] if "precision/half_modules" in line) >= 0.8
     assert Path("overflow.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------- float8
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.odd = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.odd(self.b(self.a(x).relu()))
+
+
+def seeded_two():
+    torch.manual_seed(2)
+    return Two()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_follows_bfloat16(recipe):
+    """Emulated: 2 ranks under ddp and fsdp equal one to the rounding of scales found per rank, and follow bfloat16 to float8's."""
+    pytest.importorskip("torchao")
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(16, 32, generator=generator), torch.randn(16, 3, generator=generator)) for _ in range(5)]
+
+    def body(fp8, strategy):
+        engine = setup(seeded_two, squares, config(precision=Precision("bf16-mixed", fp8=fp8), strategy=strategy))
+        kinds = {name: type(module).__name__ for name, module in engine.model.named_children()}
+        return [s.loss for s in steps(engine, data)], kinds
+
+    wide, _ = body(None, DDP())
+    alone, kinds = body(Float8(recipe, emulate=True), DDP())
+    assert kinds == {"a": "Float8Linear", "b": "Float8Linear", "odd": "Linear"}
+    assert alone == pytest.approx(wide, rel=0.05)
+    assert alone != wide
+    for strategy in (DDP(), FSDP()):
+        (together, found), _ = run(body, 2, Float8(recipe, emulate=True), strategy)
+        assert together == pytest.approx(alone, rel=0.02)
+        assert [kind.removeprefix("FSDP") for kind in found.values()] == list(kinds.values())
+
+
+def test_float8_is_chosen_by_name_and_refused_with_a_reason():
+    pytest.importorskip("torchao")
+    only = config(precision=Precision("bf16-mixed", fp8=Float8(emulate=True, include=["a", "b"], exclude=["b"])))
+    engine = setup(seeded_two, squares, only)
+    assert [type(m).__name__ for m in (engine.model.a, engine.model.b)] == ["Float8Linear", "Linear"]
+    with pytest.raises(UserError, match=r"needs a GPU of compute capability 8.9 or later, and this is the cpu; write precision=bf16"):
+        setup(seeded_two, squares, config(precision=Precision("bf16-mixed", fp8=Float8())))
+    with pytest.raises(ConfigError, match=r"precision.fp8.exclude: 'heads.\*' matches no linear layer; their names look like a, b, odd"):
+        setup(seeded_two, squares, config(precision=Precision("bf16-mixed", fp8=Float8(emulate=True, exclude=["heads.*"]))))
+    with pytest.raises(ConfigError, match=r"precision.fp8: computes the rest in bfloat16, but precision.name=32-true"):
+        from_dict({"precision": {"name": "32-true", "fp8": {}}})

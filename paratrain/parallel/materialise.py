@@ -31,7 +31,7 @@ from paratrain.compat import local_box
 from paratrain.config import Config
 from paratrain.distributed import rank, seed_for
 from paratrain.errors import UserError
-from paratrain.precision import convert_module
+from paratrain.precision import convert_module, fp8
 from paratrain.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
         model.train()  # a pretrained model often arrives in evaluation mode
     _refuse_lazy(model)
     model = convert_module(model, cfg.precision.name)
+    fp8.convert(model, cfg.precision.fp8, device)
     forms = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in _tensors(model)}
     whole = forms, frozenset(model.state_dict())
     if cfg.memory.init == "meta":
