@@ -470,3 +470,22 @@ def test_restarts_that_come_no_further_give_up(tmp_path, monkeypatch):
         note_attempt(tmp_path, 50, 3)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     note_attempt(tmp_path, 50, 3)
+
+
+def test_a_background_save_holds_its_own_step(tmp_path, monkeypatch):
+    """The copy beside the next step is slow here: the update waits for it, and every checkpoint is that of a save in the foreground."""
+
+    def slow(tensors, buffers):
+        time.sleep(0.1 if buffers is not None and any("optimizer" in name for name in tensors) else 0.0)
+        return real(tensors, buffers)
+
+    real = saver.stage
+    fit(config(tmp_path / "sync", checkpoint=Checkpoint(every="1", keep=None, async_save=False)))
+    monkeypatch.setattr(saver, "stage", slow)
+    fit(config(tmp_path / "async", checkpoint=Checkpoint(every="1", keep=None)))
+    for step in range(1, 10):
+        one, other = (checkpoint.step_path(tmp_path / name / "checkpoints", step) for name in ("sync", "async"))
+        found = [{name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors(one).items()} for _ in range(2)]
+        checkpoint.load(one, found[0])
+        checkpoint.load(other, found[1])
+        assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
