@@ -287,10 +287,21 @@ class Fallback:
 
 
 @dataclass(frozen=True)
+class Float8:
+    """Products of linear layers in float8 (see docs/precision.md)."""
+
+    recipe: Literal["tensorwise", "rowwise"] = key("tensorwise", "one scale a tensor, or one a row: more exact, a little slower")
+    include: list[str] = key(["*"], "globs on names of linear layers")
+    exclude: list[str] = key([], "globs on names of linear layers that stay in bfloat16")
+    emulate: bool = key(False, "round as float8 does and multiply in the compute dtype: for tests, on any device")
+
+
+@dataclass(frozen=True)
 class Precision:
     name: Literal["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"] = key("32-true", "dtype of weights and of compute")
     loss_scale: LossScale | None = key(None, "dynamic loss scaling; only for 16-mixed, where it is required")
     reduce_dtype: Literal["fp32", "grad"] = key("fp32", "dtype in which low-precision gradients are reduced over ranks")
+    fp8: Float8 | None = key(None, "products of linear layers in float8; only with bf16-mixed; null: none")
     fallback: Fallback = key(Fallback(), "what half precision does where it fails; only for 16-mixed")
 
 
@@ -306,22 +317,11 @@ class Data:
 
 @dataclass(frozen=True)
 class TextSource(Data):
-@dataclass(frozen=True)
-class Float8:
-    """Products of linear layers in float8 (see docs/precision.md)."""
-
-    recipe: Literal["tensorwise", "rowwise"] = key("tensorwise", "one scale a tensor, or one a row: more exact, a little slower")
-    include: list[str] = key(["*"], "globs on names of linear layers")
-    exclude: list[str] = key([], "globs on names of linear layers that stay in bfloat16")
-    emulate: bool = key(False, "round as float8 does and multiply in the compute dtype: for tests, on any device")
-
-
     """Token sequences packed from text."""
 
     seq_len: int = key(128, "tokens in a sample", minimum=1)
     tokenizer: Literal["byte", "bpe"] = key("byte", "bytes, or a byte-level BPE trained on this text and cached")
     vocab_size: int = key(256, "tokens in the vocabulary; 256 for bytes", minimum=256)
-    fp8: Float8 | None = key(None, "products of linear layers in float8; only with bf16-mixed; null: none")
     eval_fraction: float = key(0.05, "fraction of the documents held out for evaluation", minimum=0.0)
     cache_dir: str | None = key(None, "where tokens are cached; null: the user's cache directory")
 
@@ -670,6 +670,15 @@ def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
 
 def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     name, scale, fallback = cfg.precision.name, cfg.precision.loss_scale, cfg.precision.fallback
+    if cfg.precision.fp8 is not None:
+        if name != "bf16-mixed":
+            reason = f"computes the rest in bfloat16, but precision.name={name}; write precision=fp8, or leave it out"
+            yield Fault("precision.fp8", reason), ("precision.name",)
+        if cfg.memory.init == "meta":
+            reason = "replaces linear layers, whose own way to draw their values would be lost; write memory.init=constructor"
+            yield Fault("precision.fp8", reason), ("memory.init",)
+        if cfg.parallel.tp > 1:
+            yield Fault("precision.fp8", "cannot be split over parallel.tp yet; write parallel.tp=1"), ("parallel.tp",)
     if fallback.policy != "off":
         if name != "16-mixed":
             reason = (
@@ -727,15 +736,6 @@ def _schedule(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         reason = (
             f"{schedule.name} needs to know where it ends; write scheduler.total_steps=..., or how long to train in steps, epochs "
             "or tokens (trainer.max_steps=...)"
-    if cfg.precision.fp8 is not None:
-        if name != "bf16-mixed":
-            reason = f"computes the rest in bfloat16, but precision.name={name}; write precision=fp8, or leave it out"
-            yield Fault("precision.fp8", reason), ("precision.name",)
-        if cfg.memory.init == "meta":
-            reason = "replaces linear layers, whose own way to draw their values would be lost; write memory.init=constructor"
-            yield Fault("precision.fp8", reason), ("memory.init",)
-        if cfg.parallel.tp > 1:
-            yield Fault("precision.fp8", "cannot be split over parallel.tp yet; write parallel.tp=1"), ("parallel.tp",)
         )
         yield Fault("scheduler.total_steps", reason), ("scheduler.name", *stops)
     if schedule.decay_steps is not None and schedule.name != "wsd":
