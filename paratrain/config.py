@@ -241,17 +241,34 @@ class Memory:
     blocks: list[str] | None = key(
         None, "globs on module or class names: the units that are sharded, recomputed and compiled; null: found from the structure"
     )
-    recompute: Literal["none", "full", "selective"] = key(
-        "none", "recompute activations in backward: of whole blocks, or (selective) all but the results of matrix products and attention"
+    recompute: Literal["none", "full", "selective", "auto"] = key(
+        "none",
+        "recompute activations in backward: of whole blocks; selective: all but the results of matrix products and attention; auto: of as "
+        "few blocks as keep within `budget_gib`",
     )
     recompute_every: int = key(1, "recompute every k-th block", minimum=1)
-    offload: Literal["none", "params"] = key("none", "params: keep shards of weights, gradients and optimizer states in host memory")
+    budget_gib: float | None = key(None, "of recompute=auto: GiB a rank may hold of the activations of its blocks", minimum=0.0)
+    activations: Literal["keep", "offload"] = key("keep", "offload: what backward needs of a block waits in host memory, its weights apart")
+    offload: Literal["none", "params", "optimizer"] = key(
+        "none",
+        "params: keep shards of weights, gradients and optimizer states in host memory; optimizer: its states, which visit the device "
+        "one parameter at a time",
+    )
     init: Literal["constructor", "meta"] = key(
         "constructor",
         "constructor: values that model_fn gives in one process, sent shard by shard; meta: no rank ever holds the model, and each module "
         "draws its values in reset_parameters or _init_weights, seeded by (seed, module name)",
     )
     pretrained: str | None = key(None, "weights to start from: a .safetensors file, or a directory with one or with an index of several")
+
+
+@dataclass(frozen=True)
+class EMA:
+    """An exponential moving average of the weights: average = decay * average + (1 - decay) * weights."""
+
+    decay: float = key(0.999, "weight of the past, below 1", minimum=0.0)
+    every: int = key(1, "updates of the weights between two of the average", minimum=1)
+    evaluate: bool = key(True, "evaluate the average instead of the weights that are trained")
 
 
 @dataclass(frozen=True)
@@ -539,6 +556,11 @@ class Config:
     ) = key(DDP(), "how the data-parallel axes are used")
     memory: Memory = key(Memory(), "what is traded for memory")
     compile: bool | str = key(False, "compile each block: true for inductor, or the name of a torch.compile backend")
+    compile_fallback: bool = key(False, "run blocks that cannot be compiled as they are, with a warning that names them, instead of ending")
+    freeze: list[str] = key(
+        [], "globs on parameter names: these are not trained; '!' before a glob takes parameters out again: ['*', '!head.*'] trains the head alone"
+    )
+    ema: EMA | None = key(None, "moving average of the weights, sharded as they are: {} or {decay: 0.9999}; null: none")
     precision: Precision = key(Precision(), "dtypes and loss scaling")
     model: Target | None = key(None, "`_target_` and arguments of the model")
     loss: Target | None = key(None, "`_target_` of loss_fn(outputs, targets) -> (sum, count) or a mean")
@@ -598,7 +620,7 @@ def _touches(known: str, other: str) -> bool:
 
 def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     """Values that are each fine and do not go together, with the other keys that take part."""
-    for rules in (_parallel, _precision, _data, _schedule, _foreign):
+    for rules in (_parallel, _memory, _precision, _data, _schedule, _foreign):
         yield from rules(cfg)
     if cfg.trainer.step_timeout is not None and parse_duration(cfg.trainer.step_timeout).unit != "seconds":
         yield Fault("trainer.step_timeout", f"{cfg.trainer.step_timeout!r} is no span of time; write 90s or 15min, or null to wait"), ()
@@ -627,7 +649,7 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         elif degree not in (None, 1) and axis == "dp_shard" and isinstance(strategy, DDP):
             reason = f"{degree}, but strategy=ddp shards nothing; write parallel.dp_replicate={degree}, or strategy=fsdp"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)
-    if cfg.memory.offload != "none" and not isinstance(strategy, Sharded):
+    if cfg.memory.offload == "params" and not isinstance(strategy, Sharded):
         reason = f"{cfg.memory.offload}, but strategy={strategy.name} keeps whole weights on the device; write strategy=fsdp, or memory.offload=none"
         yield Fault("memory.offload", reason), ("strategy",)
     if cfg.memory.recompute_every > 1 and cfg.memory.recompute == "none":
@@ -640,6 +662,31 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
             if getattr(strategy, name) != getattr(DDP(), name):
                 reason = f"is read by PowerSGD only; write strategy.comm_hook=powersgd, or leave it out (comm_hook={strategy.comm_hook})"
                 yield Fault(f"strategy.{name}", reason), ("strategy.comm_hook",)
+
+
+def _memory(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    """What is traded for memory, and the moving average of weights."""
+    memory, foreign = cfg.memory, isinstance(cfg.strategy, Foreign)
+    if cfg.ema is not None and not cfg.ema.decay < 1:
+        yield Fault("ema.decay", f"is the weight of the past, so below 1; got {cfg.ema.decay:g}"), ()
+    if cfg.ema is not None and foreign:
+        yield Fault("ema", f"the weights are in the hands of strategy={cfg.strategy.name}; write strategy=fsdp, or ema=null"), ("strategy",)
+    if memory.offload == "optimizer" and foreign:
+        yield Fault("memory.offload", f"optimizer, but strategy={cfg.strategy.name} owns its states; write strategy=zero1"), ("strategy",)
+    if memory.recompute == "auto" and not memory.budget_gib:
+        yield Fault("memory.budget_gib", "required by memory.recompute=auto: GiB that activations may take on a rank"), ("memory.recompute",)
+    if memory.recompute != "auto" and memory.budget_gib is not None:
+        yield Fault("memory.budget_gib", f"is read by memory.recompute=auto only (it is {memory.recompute})"), ("memory.recompute",)
+    if memory.recompute == "auto" and cfg.parallel.pp > 1:
+        reason = "auto cannot count the micro-batches that a pipeline has in flight; write full or selective"
+        yield Fault("memory.recompute", reason), ("parallel.pp",)
+    if memory.recompute == "auto" and cfg.compile is not False:
+        yield Fault("memory.recompute", "auto changes its mind while running, compiled code cannot; write full or selective"), ("compile",)
+    if memory.activations == "offload" and memory.recompute != "none":
+        reason = f"offload, but memory.recompute={memory.recompute} forgets activations; write memory.recompute=none, or activations=keep"
+        yield Fault("memory.activations", reason), ("memory.recompute",)
+    if cfg.compile_fallback and cfg.compile is False:
+        yield Fault("compile_fallback", "nothing is compiled; write compile=true, or leave it out"), ("compile",)
 
 
 def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:

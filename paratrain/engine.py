@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count
 from paratrain.mesh import Mesh
 from paratrain.optim import limits, schedules
+from paratrain.optim.ema import EMA
 from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler
@@ -102,6 +103,7 @@ class Engine:
         optimizers: the optimizers, already over the parameters as they are laid out.
         global_step: steps taken, skipped ones included; the position in the data.
         updates: steps that changed the weights; the position in the schedule.
+        ema: moving average of the weights; None without `ema`.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Engine:
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
         self._unit: float | None = None
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
@@ -182,7 +185,7 @@ class Engine:
         self.model.eval()
         window: tuple[Scalar, Scalar] = (0.0, 0.0)
         try:
-            with rng.preserved(self.device), averaged(self.optimizers):
+            with rng.preserved(self.device), averaged(self.optimizers), self._average_to_evaluate():
                 if self._layout.pipeline is not None:
                     window = self._evaluate_stages(self._layout.pipeline, micro)
                     micro = []
@@ -259,6 +262,8 @@ class Engine:
         if not skipped:
             self._update()
             self.updates += 1
+            if self.ema is not None:
+                self.ema.update(self.updates)
         relieved = self.fallback is not None and self.fallback.after_step(self.global_step + 1, skipped)
         self.scaler.update(skipped, relieved)
         for param in self._params:
@@ -295,11 +300,23 @@ class Engine:
                         state[name] = whole.detach().cpu().clone()
         return state
 
+    def ema_state_dict(self) -> dict[str, torch.Tensor]:
+        """`full_state_dict` with the moving average for the weights that are trained. Every rank must call it.
+
+        Raises:
+            UserError: the configuration asks for no average.
+        """
+        if self.ema is None:
+            raise UserError("ema_state_dict() without a moving average of the weights; write ema={decay: 0.999}")
+        with self.ema.applied():
+            return self.full_state_dict()
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps: `model/<name>` and `optimizer/<parameter>/<key>`. Every rank must call it."""
+        """What a checkpoint keeps: `model/<name>`, `optimizer/<parameter>/<key>`, `ema/<parameter>`. Every rank must call it."""
         from paratrain import checkpoint
 
-        return self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names())
+        averages = self.ema.tensors() if self.ema else {}
+        return self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names()) | averages
 
     def prepare(self, saved: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
         """The tensors for a checkpoint to fill, and what to call then.
@@ -312,8 +329,15 @@ class Engine:
         """
         from paratrain import checkpoint
 
-        states, finish = checkpoint.prepare_optimizer(self.optimizers, self._names(), saved)
-        return self._model_tensors() | states, finish
+        states, finish_states = checkpoint.prepare_optimizer(self.optimizers, self._names(), saved)
+        averages = {name: average for name, average in self.ema.tensors().items() if name in saved} if self.ema else {}
+
+        def finish() -> None:
+            finish_states()
+            if self.ema:
+                self.ema.restart(but=averages)
+
+        return self._model_tensors() | states | averages, finish
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
         return {f"model/{name}": value for name, value in self.model.state_dict().items()}
@@ -478,6 +502,9 @@ class Engine:
         assert self._window is not None
         count = float(self._sum_over_ranks(self._window, over=self.mesh.data)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
+
+    def _average_to_evaluate(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema and self.ema.options.evaluate else nullcontext()
 
     def _update(self) -> None:
         for optimizer in self.optimizers:

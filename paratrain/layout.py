@@ -55,7 +55,7 @@ class Layout:
 
 def is_sharded(mesh: Mesh, cfg: Config) -> bool:
     """Whether data ranks hold parts of the weights. One rank alone has nothing to share, but may offload."""
-    return isinstance(cfg.strategy, Sharded) and (mesh.data.size() > 1 or cfg.memory.offload != "none")
+    return isinstance(cfg.strategy, Sharded) and (mesh.data.size() > 1 or cfg.memory.offload == "params")
 
 
 def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:

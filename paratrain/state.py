@@ -2,6 +2,7 @@
 
     tensors    model/<name>                 every entry of the user's own state_dict
                optimizer/<parameter>/<key>  whichever optimizer or group holds the parameter
+               ema/<parameter>              its moving average; may be absent, and be left out by who asks for none
     meta       counters, loss scale, the configuration, what the caller adds (data position, callbacks)
     rank_meta  generators of the user's program (`random`, numpy, torch), for each rank
 
@@ -24,6 +25,7 @@ from paratrain.checkpoint import CheckpointError
 from paratrain.distributed import rank
 from paratrain.errors import UserError
 from paratrain.metrics.sinks import redact
+from paratrain.optim import ema
 from paratrain.schema import to_dict
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
 
     checkpoint.together(doing, prepare, None)
     tensors, finish = prepared
-    meta, rank_metas = checkpoint.load(path, tensors)
+    meta, rank_metas = checkpoint.load(path, tensors, partial=f"{ema.PREFIX}*")
     if meta["seed"] != engine.cfg.seed:
         raise UserError(
             f"resume={path}: saved under seed={meta['seed']}, this job has seed={engine.cfg.seed}; the data order would not continue"
