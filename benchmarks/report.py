@@ -40,6 +40,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions, for a note that names the rivals."""
+    from importlib.metadata import version
+
+    return {package: version(package) for package in packages}
+
+
 def write(name: str, rows: dict, note: str) -> None:
     """Keep a result as JSON, with the machine's name."""
     RESULTS.mkdir(exist_ok=True)
