@@ -31,6 +31,7 @@ setup(
         "hf": ["datasets", "transformers", "pyarrow"],
         "optim": ["pytorch-optimizer"],
         "fp8": ["torchao"],
+        "remote": ["fsspec"],
         "tensorboard": ["tensorboard"],
         "bench": ["accelerate", "lightning"],
         "dev": [
