@@ -46,7 +46,8 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1)
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
-    optimizers = optim.build(cfg.optimizer, laid_out.model)
+    elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else ()
+    optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)
     return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)

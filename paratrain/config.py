@@ -628,11 +628,34 @@ def _combinations(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         yield Fault("trainer.max_time", f"{cfg.trainer.max_time!r} is no span of time; write 90s, 30min, 12h or 2d"), ()
 
 
+def _pipeline(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    options, strategy = cfg.pipeline, cfg.strategy
+    if cfg.parallel.pp == 1:
+        for name in ("schedule", "stages_per_rank", "cuts", "micro_batches", "place"):
+            if getattr(options, name) != getattr(Pipeline(), name):
+                yield Fault(f"pipeline.{name}", "is read under parallel.pp only; write parallel.pp=2, or leave it out"), ("parallel.pp",)
+        return
+    if options.micro_batches is not None and cfg.data.micro_batch_size is not None:
+        reason = "and data.micro_batch_size say the same in two ways; leave one of them out"
+        yield Fault("pipeline.micro_batches", reason), ("data.micro_batch_size",)
+    if options.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+        if isinstance(strategy, Sharded) and strategy.reshard_after_forward is not False:
+            reason = f"{options.schedule} computes gradients of weights after those of inputs, when they are no longer gathered; write false"
+            yield Fault("strategy.reshard_after_forward", reason), ("pipeline.schedule",)
+        if cfg.compile is not False:
+            reason = f"compiled blocks cannot put off the gradients of their weights, as {options.schedule} does; write compile=false"
+            yield Fault("compile", reason), ("pipeline.schedule",)
+    if isinstance(strategy, DDP) and strategy.comm_hook != "none":
+        reason = f"{strategy.comm_hook}, but gradients of stages are reduced once a step without hooks; write strategy.comm_hook=none"
+        yield Fault("strategy.comm_hook", reason), ("parallel.pp",)
+
+
 def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     parallel, strategy = cfg.parallel, cfg.strategy
     for axis in ("cp", "ep"):
         if (degree := getattr(parallel, axis)) > 1:
             yield Fault(f"parallel.{axis}", f"{degree} is not built yet in this version of paratrain; write parallel.{axis}=1"), ()
+    yield from _pipeline(cfg)
     if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):
         yield Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"), ("parallel.tp",)
     if parallel.tp > 1 and isinstance(strategy, Single):

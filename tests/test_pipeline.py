@@ -193,4 +193,3 @@ def test_hugging_face_models(family):
     results = run(lambda: [train(piped(2, name, 2), batches, build, loss_fn) for name in ("1f1b", "zbv")], 2, timeout=300)
     for each in zip(*results, strict=True):
         assert_same(each, expected, 1e-5)  # these models compute norms and softmaxes in float32, whatever the weights
-

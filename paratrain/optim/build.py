@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,12 +17,15 @@ from paratrain.errors import ConfigError
 from paratrain.optim.gathered import gathered, needs_gathering
 
 
-def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+def build(options: OptimizerConfig, model: nn.Module, elsewhere: Collection[str] = ()) -> list[torch.optim.Optimizer]:
     """One optimizer for each class that the config names, over all trainable parameters of `model`.
 
     A parameter goes to the first of `options.groups` with a pattern that matches its name, else to the default group; in each
     group, norms, biases and vectors form a subgroup without decay, unless `no_decay=none` or the group sets its own weight_decay.
     Parameters sharded over different meshes are in groups of their own.
+
+    Args:
+        elsewhere: names of parameters that other ranks alone hold, which a pattern may be meant for.
 
     Raises:
         ConfigError: patterns that match nothing, arguments the class does not take, no trainable parameter.
@@ -38,7 +41,7 @@ def build(options: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
         problems += [
             f"optimizer.groups[{number}].match: {pattern!r} matches no trainable parameter; their names look like {_examples(params)}"
             for pattern in patterns
-            if not any(fnmatchcase(name, pattern) for name in params)
+            if not any(fnmatchcase(name, pattern) for name in (*params, *elsewhere))
         ]
     left_over = not_matrices(model) if getattr(locate(options.target, key="optimizer._target_"), "matrices_only", False) else set()
     if options.others and not left_over:

@@ -181,7 +181,7 @@ class Pipeline:
         self._shared = [name for name, ranks in made.holders.items() if len(ranks) > 1]
         names = {param: name for name, param in self.model.named_parameters()}
         self._lent = {param for param, name in names.items() if made.holders[name][0] != self.rank}  # counted by another rank
-        self._names = names
+        self.elsewhere = [name for name, ranks in made.holders.items() if self.rank not in ranks]
         self._micro_batches = cfg.pipeline.micro_batches or 2 * cfg.parallel.pp
         self._deferred = defer(self.model) if self.planned.splits_backward else None
         made.split.alone = self.forward

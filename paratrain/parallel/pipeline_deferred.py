@@ -45,7 +45,8 @@ class _Linear(nn.Module):
     _deferred: Deferred
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Any = self.weight
+        bias: Any = self.bias
         if not (torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad) or isinstance(weight, DTensor):
             return F.linear(input, weight, bias)
         return _Apart.apply(input, weight, bias, self._deferred)
@@ -54,13 +55,13 @@ class _Linear(nn.Module):
 class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deferred: Deferred) -> torch.Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.deferred = deferred
+        ctx.save_for_backward(input)
+        ctx.weight, ctx.deferred = weight, deferred  # recomputation would hand back a copy of a saved weight, whose .grad nobody reads
         return F.linear(input, weight, bias)  # under autocast, as ever
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        inputs, weight = ctx.saved_tensors
+        (inputs,), weight = ctx.saved_tensors, ctx.weight
         of_inputs = (grad @ weight.to(grad.dtype)).to(inputs.dtype) if ctx.needs_input_grad[0] else None
         of_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         if ctx.deferred.queue is None:

@@ -210,7 +210,7 @@ class Visit:
             slot = Slot(self.position, event, number)
             if slot not in self.wanted or not isinstance(leaf, torch.Tensor):
                 continue
-            if not isinstance(leaf, Ghost):
+            if not isinstance(leaf, Ghost) or self.live:  # a ghost made here hangs on a weight that should be here
                 self.values[slot] = leaf
             elif arrives and slot in self.values:
                 leaves[number] = self.values[slot]
