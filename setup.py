@@ -47,6 +47,8 @@ setup(
             "pytorch-optimizer",
             "torchao",
             "pyarrow",
+            "s3fs",
+            "moto[server]",
         ],
     },
     entry_points={"console_scripts": ["paratrain=paratrain.__main__:main"]},
