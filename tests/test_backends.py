@@ -161,7 +161,15 @@ def test_a_step_that_is_not_finite_changes_nothing(strategies):
         assert largest(stop[1], after_one) < BOUND
 
 
-ROUND = [("zero2", DeepSpeedZero2()), ("fsdp", FSDP()), ("ddp", DDP()), ("oss", FairScaleOSS()), ("zero3", DeepSpeedZero3()), ("sddp", FairScaleSDDP()), ("zero1", DeepSpeedZero1())]
+ROUND = [
+    ("zero2", DeepSpeedZero2()),
+    ("fsdp", FSDP()),
+    ("ddp", DDP()),
+    ("oss", FairScaleOSS()),
+    ("zero3", DeepSpeedZero3()),
+    ("sddp", FairScaleSDDP()),
+    ("zero1", DeepSpeedZero1()),
+]
 
 
 @needs("deepspeed")
@@ -212,9 +220,9 @@ def test_resume_under_the_same_engine_is_exact(strategies, tmp_path):
         assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
+@needs("deepspeed")
 def test_frozen_parameters_and_buffers(tmp_path):
     """What is not trained is neither lost nor changed, and comes back from a checkpoint."""
-    pytest.importorskip("deepspeed", reason="pip install 'paratrain[deepspeed]', or make test-backends")
 
     class Partly(nn.Module):
         def __init__(self):
@@ -260,13 +268,19 @@ def test_frozen_parameters_and_buffers(tmp_path):
 @needs("deepspeed")
 def test_bf16_follows_float32():
     batches = token_batches(5, 8, True)
-    full = run(lambda: train(cfg_of(DDP(), 4), batches), 2)[0]
-    for strategy in (DeepSpeedZero1(), DeepSpeedZero2(), DeepSpeedZero3(param_persistence_threshold=0)):
-        for name, bound in (("bf16-mixed", 0.02), ("bf16-true", 0.05)):
-            losses, _, _, weights = run(lambda: train(replace(cfg_of(strategy, 4), precision=Precision(name)), batches), 2)[0]  # noqa: B023
-            assert max(abs(a - b) for a, b in zip(losses, full[0], strict=True)) < bound, (strategy.name, name)
-            assert losses != full[0], "the precision asked for is the one used"
-            assert weights["up.weight"].dtype is torch.float32, "the float32 masters are what is kept"
+    strategies = DeepSpeedZero1(), DeepSpeedZero2(), DeepSpeedZero3(param_persistence_threshold=0)
+    cases = [(strategy, name) for name in ("bf16-mixed", "bf16-true") for strategy in strategies]
+
+    def body():
+        full = train(cfg_of(DDP(), 4), batches)
+        return full, [train(replace(cfg_of(strategy, 4), precision=Precision(name)), batches) for strategy, name in cases]
+
+    full, results = run(body, 2)[0]
+    for (strategy, name), (losses, _, _, weights) in zip(cases, results, strict=True):
+        bound = 0.02 if name == "bf16-mixed" else 0.05
+        assert max(abs(a - b) for a, b in zip(losses, full[0], strict=True)) < bound, (strategy.name, name)
+        assert losses != full[0], "the precision asked for is the one used"
+        assert weights["up.weight"].dtype is torch.float32, "the float32 masters are what is kept"
 
 
 @needs("deepspeed")

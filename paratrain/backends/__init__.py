@@ -51,7 +51,13 @@ def fill(planned: Plan, cfg: Config, device: torch.device) -> None:
 
 
 def build(
-    planned: Plan, loss_fn: Loss, optimizers: list[torch.optim.Optimizer], mesh: Mesh, cfg: Config, device: torch.device, blueprint: nn.Module | None
+    planned: Plan,
+    loss_fn: Loss,
+    optimizers: list[torch.optim.Optimizer],
+    mesh: Mesh,
+    cfg: Config,
+    device: torch.device,
+    blueprint: nn.Module | None,
 ) -> Engine:
     """The engine of `cfg.strategy`. Arguments as of `Engine`.
 

@@ -69,7 +69,13 @@ def check(cfg: Config, device: torch.device) -> None:
 
 
 def build(
-    planned: Plan, loss_fn: Loss, optimizers: list[torch.optim.Optimizer], mesh: Mesh, cfg: Config, device: torch.device, blueprint: nn.Module | None
+    planned: Plan,
+    loss_fn: Loss,
+    optimizers: list[torch.optim.Optimizer],
+    mesh: Mesh,
+    cfg: Config,
+    device: torch.device,
+    blueprint: nn.Module | None,
 ) -> DeepSpeedEngine:
     """The model under DeepSpeed; arguments as of `Engine`.
 
@@ -105,7 +111,9 @@ class DeepSpeedEngine(Engine):
         log_file: where DeepSpeed's output goes.
     """
 
-    def __init__(self, inner: Any, loss_fn: Loss, optimizers: list, mesh: Mesh, cfg: Config, device: torch.device, blueprint: Any, log_file: Path):
+    def __init__(
+        self, inner: Any, loss_fn: Loss, optimizers: list, mesh: Mesh, cfg: Config, device: torch.device, blueprint: Any, log_file: Path
+    ):
         layout = Layout(inner.module, inner, average=mesh.data.size(), backward=self._deepspeed_backward)
         super().__init__(layout, loss_fn, optimizers, mesh, cfg, device, blueprint)
         self.deepspeed, self.log_file = inner, log_file

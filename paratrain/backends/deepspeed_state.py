@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -32,6 +33,7 @@ def tensors(engine: Any, model: nn.Module, mesh: DeviceMesh) -> dict[str, torch.
     """`model/<name>` and `optimizer/<parameter>/<key>`. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link(engine)
     found = {f"model/{name}": _part(value, mesh) for name, value in model_tensors(engine, model)}
     for name, param in _trained(model):
         flat = _flat(engine, param)
@@ -59,11 +61,17 @@ def prepare(
     states: dict[str, dict[str, str]] = {}  # parameter -> key -> the checkpoint's name
     for name, param in _trained(model):
         prefix = f"optimizer/{name}/"
-        states[name] = {full.removeprefix(prefix).partition("#")[0]: full for full in saved if full.startswith(prefix) and "/" not in full[len(prefix) :]}
+        states[name] = {
+            full.removeprefix(prefix).partition("#")[0]: full
+            for full in saved
+            if full.startswith(prefix) and "/" not in full[len(prefix) :]
+        }
         for key, full in states[name].items():
             shape, dtype = saved[full]
             if key != _STEP and tuple(shape) != tuple(_shape(param)):
-                raise CheckpointError(f"{full!r} has shape {tuple(shape)}, its parameter {tuple(_shape(param))}: another optimizer wrote it")
+                raise CheckpointError(
+                    f"{full!r} has shape {tuple(shape)}, its parameter {tuple(_shape(param))}: another optimizer wrote it"
+                )
             room[full] = torch.zeros(tuple(shape), dtype=dtype) if key == _STEP else _room(_shape(param), torch.float32, mesh)
     wanted = set().union(*(keys for keys in states.values()), set())
     uneven = [name for name, keys in states.items() if set(keys) != wanted and keys]
@@ -71,19 +79,17 @@ def prepare(
         raise CheckpointError(f"the states of {uneven[0]!r} are not those of the other parameters: different optimizers wrote them")
 
     def finish() -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         _allocate(engine, model, states, room)
         for name, value in entries.items():
             whole = _full(room[f"model/{name}"])
             if isinstance(value, nn.Parameter) and value.requires_grad:
-                safe_set_full_fp32_param(value, whole.to(engine.device))
+                _set_trained(engine, value, whole)
             else:
                 _set(value, whole)
         for name, param in _trained(model):
             for key, full in states[name].items():
                 if key != _STEP:
-                    safe_set_full_optimizer_state(param, _full(room[full]).to(engine.device), key)
+                    _set_trained(engine, param, _full(room[full]), key)
         _publish(engine)
 
     return room, finish
@@ -110,8 +116,15 @@ def _allocate(engine: Any, model: nn.Module, states: dict[str, dict[str, str]], 
                 current[key] = _step_like(optimizer, flat, float(room[full]))
             elif not isinstance(current.get(key), torch.Tensor):
                 current[key] = torch.zeros_like(flat)
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state") and any(optimizer.state.values()):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _link(engine)
+
+
+def _link(engine: Any) -> None:
+    """Tell the parameters of stages 1 and 2 where their states are: DeepSpeed does so after the first group's first step alone."""
+    zero = engine.optimizer
+    if not _is_zero3(zero) and any(zero.optimizer.state.values()):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _step_like(optimizer: Any, flat: torch.Tensor, value: float) -> Any:
@@ -171,6 +184,34 @@ def _whole(engine: Any, value: torch.Tensor) -> torch.Tensor:
         with zero.GatheredParameters([value]):
             return value.detach().clone()
     return value.detach()
+
+
+def _set_trained(engine: Any, param: Any, whole: torch.Tensor, key: str | None = None) -> None:
+    """Give the float32 master of a parameter, or its state `key`, its value.
+
+    Under stage 3 this rank's piece is cut here: DeepSpeed's own function reads past the end where the ranks do not divide a parameter.
+    """
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    value = whole.to(engine.device)
+    if _is_zero3(engine.optimizer):
+        size, place = param.ds_tensor.numel(), dist.get_rank(param.ds_process_group)
+        piece = torch.zeros(size, dtype=value.dtype, device=value.device)
+        own = value.flatten()[place * size : (place + 1) * size]
+        piece[: own.numel()] = own
+        if key is None:
+            safe_set_local_fp32_param(param, piece)
+        else:
+            safe_set_local_optimizer_state(param, piece, key)
+    elif key is None:
+        safe_set_full_fp32_param(param, value)
+    else:
+        safe_set_full_optimizer_state(param, value, key)
 
 
 def _set(value: torch.Tensor, whole: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,11 +49,21 @@ def check(cfg: Config, device: torch.device) -> None:
     if cfg.memory.offload != "none":
         raise UserError(f"memory.offload={cfg.memory.offload} with strategy={name}: write strategy=fsdp, which offloads")
     if is_main_process():
-        log.warning("strategy=%s: FairScale is archived; the native strategy replaces it, from the same checkpoint: strategy=%s", name, _NATIVE[name])
+        log.warning(
+            "strategy=%s: FairScale is archived; the native strategy replaces it, from the same checkpoint: strategy=%s",
+            name,
+            _NATIVE[name],
+        )
 
 
 def build(
-    planned: Plan, loss_fn: Loss, optimizers: list[torch.optim.Optimizer], mesh: Mesh, cfg: Config, device: torch.device, blueprint: nn.Module | None
+    planned: Plan,
+    loss_fn: Loss,
+    optimizers: list[torch.optim.Optimizer],
+    mesh: Mesh,
+    cfg: Config,
+    device: torch.device,
+    blueprint: nn.Module | None,
 ) -> Engine:
     """The model under FairScale; arguments as of `Engine`."""
     return FairScaleEngine(planned.model, loss_fn, [_sharded(optimizer, mesh) for optimizer in optimizers], mesh, cfg, device, blueprint)
@@ -66,7 +75,9 @@ class FairScaleEngine(Engine):
     With fairscale_sddp each rank also keeps the gradients of these parameters alone.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Loss, optimizers: list[Any], mesh: Mesh, cfg: Config, device: torch.device, blueprint: Any):
+    def __init__(
+        self, model: nn.Module, loss_fn: Loss, optimizers: list[Any], mesh: Mesh, cfg: Config, device: torch.device, blueprint: Any
+    ):
         ranks = mesh.data.size()
         self._owned_alone = cfg.strategy.name == "fairscale_sddp" and ranks > 1
         if self._owned_alone:
@@ -85,7 +96,11 @@ class FairScaleEngine(Engine):
     def _total_norm(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         if not self._owned_alone:
             return gradients.total_norm(grads, self.device)
-        square = gradients.total_norm(grads, self.device).to(self.device).square() if grads else torch.zeros((), dtype=torch.float64, device=self.device)
+        square = (
+            gradients.total_norm(grads, self.device).to(self.device).square()
+            if grads
+            else torch.zeros((), dtype=torch.float64, device=self.device)
+        )
         dist.all_reduce(square, group=self.mesh.data.get_group())
         return square.sqrt()
 
@@ -99,7 +114,8 @@ class FairScaleEngine(Engine):
     @property
     def _shards(self) -> list[torch.optim.Optimizer]:
         """The optimizers over the parameters that this rank owns."""
-        return [optimizer.optim for optimizer in self.optimizers]
+        oss: list[Any] = self.optimizers
+        return [optimizer.optim for optimizer in oss]
 
 
 def _sharded(optimizer: torch.optim.Optimizer, mesh: Mesh) -> Any:
