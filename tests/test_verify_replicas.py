@@ -23,8 +23,10 @@ from paratrain.verify.callback import fingerprint
 def come_apart(ranks: int, culprit: int | None, steps: int = 3) -> list[str]:
     """What ReplicaCheck says on each rank, after one bit of one weight was changed on `culprit`."""
 
+    cfg = config()
+
     def body():
-        engine = setup(models.mlp, models.square_loss, config())
+        engine = setup(models.mlp, models.square_loss, cfg)
         check = ReplicaCheck(every=2)
         for step in range(steps):
             result = engine.train_step(engine.local(models.vectors()[0]))

@@ -193,7 +193,7 @@ class Recorder:
         if batched:
             output = output[: real * per_sample]
         value = sketch(output, real, SAMPLE_WIDTH) if batched and real and output.numel() else sketch(output)[: 1 - batched]
-        nonfinite = int((~torch.isfinite(output)).sum())
+        nonfinite = _nonfinite(output)
         before = self.trace.events.get(key)
         if before is not None and self.micro > 0:
             if not (batched and before.per_sample == per_sample and before.shape == shape):
@@ -314,8 +314,13 @@ def state_events(engine: Engine) -> dict[Key, Event]:
 
 
 def _event(full: Tensor) -> Event:
-    nonfinite = int((~torch.isfinite(full)).sum()) if full.is_floating_point() else 0
-    return Event(sketch(full), tuple(full.shape), full.dtype, full.numel(), nonfinite)
+    return Event(sketch(full), tuple(full.shape), full.dtype, full.numel(), _nonfinite(full))
+
+
+def _nonfinite(tensor: Tensor) -> int:
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float64))):  # one pass where all is well
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 class NoDropout(TorchFunctionMode):

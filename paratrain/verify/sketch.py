@@ -1,8 +1,8 @@
 """Small linear fingerprints of large tensors, so that two runs can be compared without keeping either.
 
-A sketch adds up the elements of a tensor in a fixed number of buckets, each element with a random sign (Charikar, Chen and
-Farach-Colton, "Finding frequent items in data streams", 2002). It is linear, so the sketch of a difference is the difference of the
-sketches, and its squared norm has the squared norm of the difference as expectation. Tensors no larger than the sketch are kept whole.
+A sketch cuts a tensor into runs of a fixed width and adds these up with random signs, as in Alon, Matias and Szegedy, "The space
+complexity of approximating the frequency moments" (1996). It is linear, so the sketch of a difference is the difference of the sketches,
+and its squared norm has the squared norm of the difference as expectation. Tensors no larger than the sketch are kept whole.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ def whole(tensor: Tensor) -> Tensor:
 def sketch(tensor: Tensor, rows: int = 1, width: int = WIDTH) -> Tensor:
     """float64 [rows, at most `width`]: a sketch of each of `rows` equal runs of `tensor`. Elements that are not finite count as 0."""
     flat = tensor.detach().reshape(rows, -1).to(torch.float64)
-    flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
-    size = flat.shape[1]
-    if size <= width:
+    if not bool(torch.isfinite(flat.sum())):
+        flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
+    runs, rest = divmod(flat.shape[1], width)
+    if runs + bool(rest) <= 1:
         return flat.clone()
-    flat = flat * _signs(size)
-    return torch.nn.functional.pad(flat, (0, -size % width)).view(rows, -1, width).sum(1)
+    signs = _signs(runs + 1)
+    total = signs[:runs] @ flat[:, : runs * width].reshape(rows, runs, width)
+    total[:, :rest] += signs[runs] * flat[:, runs * width :]
+    return total
 
 
-@lru_cache(maxsize=32)
-def _signs(size: int) -> Tensor:
-    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size), dtype=torch.int8) * 2 - 1
+@lru_cache(maxsize=64)
+def _signs(count: int) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(count)).double() * 2 - 1
