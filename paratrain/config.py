@@ -248,7 +248,7 @@ class Memory:
     )
     recompute_every: int = key(1, "recompute every k-th block", minimum=1)
     budget_gib: float | None = key(None, "of recompute=auto: GiB a rank may hold of the activations of its blocks", minimum=0.0)
-    activations: Literal["keep", "offload"] = key("keep", "offload: what backward needs of a block waits in host memory, its weights apart")
+    activations: Literal["keep", "offload"] = key("keep", "offload: what backward needs of a block (where it is recomputed, its inputs) waits in host memory")
     offload: Literal["none", "params", "optimizer"] = key(
         "none",
         "params: keep shards of weights, gradients and optimizer states in host memory; optimizer: its states, which visit the device "
@@ -698,6 +698,8 @@ def _memory(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         yield Fault("memory.offload", f"optimizer, but strategy={cfg.strategy.name} owns its states; write strategy=zero1"), ("strategy",)
     if memory.recompute == "auto" and not memory.budget_gib:
         yield Fault("memory.budget_gib", "required by memory.recompute=auto: GiB that activations may take on a rank"), ("memory.recompute",)
+    if memory.recompute == "auto" and memory.recompute_every > 1:
+        yield Fault("memory.recompute_every", "auto decides which blocks are recomputed; leave it out"), ("memory.recompute",)
     if memory.recompute != "auto" and memory.budget_gib is not None:
         yield Fault("memory.budget_gib", f"is read by memory.recompute=auto only (it is {memory.recompute})"), ("memory.recompute",)
     if memory.recompute == "auto" and cfg.parallel.pp > 1:
@@ -705,8 +707,8 @@ def _memory(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         yield Fault("memory.recompute", reason), ("parallel.pp",)
     if memory.recompute == "auto" and cfg.compile is not False:
         yield Fault("memory.recompute", "auto changes its mind while running, compiled code cannot; write full or selective"), ("compile",)
-    if memory.activations == "offload" and memory.recompute != "none":
-        reason = f"offload, but memory.recompute={memory.recompute} forgets activations; write memory.recompute=none, or activations=keep"
+    if memory.activations == "offload" and memory.recompute in ("selective", "auto"):
+        reason = f"offload, but memory.recompute={memory.recompute} keeps what is not forgotten on the device; write memory.recompute=full or none"
         yield Fault("memory.activations", reason), ("memory.recompute",)
     if cfg.compile_fallback and cfg.compile is False:
         yield Fault("compile_fallback", "nothing is compiled; write compile=true, or leave it out"), ("compile",)

@@ -18,7 +18,7 @@ from paratrain import backends
 from paratrain.config import Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import batch_norm, blocks, compile, ddp, materialise, pipeline, recompute, tensor
+from paratrain.parallel import activations, batch_norm, blocks, compile, ddp, materialise, pipeline, recompute, tensor
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
 from paratrain.parallel.tensor import Placed
@@ -73,6 +73,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         cfg = replace(cfg, strategy=Zero1())  # over one shard rank: plain replication, by the machinery that knows DTensors
     recompute.apply(units, model, cfg)
     compile.apply(units, model, cfg)
+    activations.apply(units, cfg)
     if isinstance(cfg.strategy, Foreign):  # its package wraps the model together with the optimizers, see `backends`
         backends.fill(planned, cfg, device)
         return Layout(model, model)

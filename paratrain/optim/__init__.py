@@ -3,6 +3,6 @@
 from paratrain.optim.build import build
 from paratrain.optim.low_bit import LowBitAdamW
 from paratrain.optim.matrix import SOAP, Muon, Shampoo
-from paratrain.optim.offload import OffloadedAdamW
+from paratrain.optim.offload import OffloadedAdamW, stream_states
 
-__all__ = ["SOAP", "LowBitAdamW", "Muon", "OffloadedAdamW", "Shampoo", "build"]
+__all__ = ["SOAP", "LowBitAdamW", "Muon", "OffloadedAdamW", "Shampoo", "build", "stream_states"]

@@ -1,13 +1,74 @@
-"""AdamW whose moments and float32 weights live in host memory (Ren et al. 2021, ZeRO-Offload), for models on a device."""
+"""States in host memory, for models on a device: of any optimizer (`streamed`), or of AdamW, computed there too (ZeRO-Offload)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from paratrain.errors import UserError
+
+
+def stream_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Keep the states of each optimizer in host memory, in place: they visit the device one parameter at a time.
+
+    Raises:
+        UserError: for a class that uses its states outside of its step, or keeps them on the host already.
+    """
+    for optimizer in optimizers:
+        cls: Any = type(optimizer)
+        name = cls.__name__
+        if isinstance(optimizer, OffloadedAdamW) or hasattr(optimizer, "eval"):
+            why = "keeps its states in host memory already" if isinstance(optimizer, OffloadedAdamW) else "evaluates with its states"
+            raise UserError(f"memory.offload=optimizer: {name} {why}; write memory.offload=none, or optimizer=adamw")
+        optimizer.__class__ = streamed(cls)
+
+
+@cache
+def streamed(cls: Any) -> type:
+    """The optimizer `cls`, updating one parameter at a time, with its states in host memory between."""
+
+    @torch.no_grad()
+    def step(self: Any, closure: Callable | None = None) -> None:
+        assert closure is None, "the engine passes none"
+        groups, states = self.param_groups, self.state
+        try:
+            for group in groups:
+                before = after = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                for param in group["params"]:
+                    if param.grad is None:
+                        continue
+                    kept = states[param]
+                    self.state = defaultdict(dict, {param: {key: _visiting(value, param, group) for key, value in kept.items()}})
+                    self.param_groups = [{**before, "params": [param]}]
+                    cls.step(self)
+                    after = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+                    states[param] = {key: _at_home(value, kept.get(key)) for key, value in self.state[param].items()}
+                group.update(after)
+        finally:
+            self.param_groups, self.state = groups, states
+
+    return type(f"Streamed{cls.__name__}", (cls,), {"step": step, "__doc__": streamed.__doc__})
+
+
+def _visiting(value: Any, param: torch.Tensor, group: dict[str, Any]) -> Any:
+    """A state beside its parameter; step counts stay on the host unless a kernel reads them."""
+    if not isinstance(value, torch.Tensor) or (value.ndim == 0 and not group.get("fused") and not group.get("capturable")):
+        return value
+    return value.to(param.device, non_blocking=True)
+
+
+def _at_home(value: Any, kept: Any) -> Any:
+    """A state in host memory, in that of `kept` where it fits."""
+    if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+        return value
+    fits = isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype, kept.device.type) == (value.shape, value.dtype, "cpu")
+    return kept.copy_(value) if fits else value.to("cpu")
 
 
 class OffloadedAdamW(torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from paratrain.config import Config
 from paratrain.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config) -> None:
@@ -26,9 +29,8 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
     for name, block in blocks or [("model", model)]:
         cls = type(block)
         if cls not in made:
-            made[cls] = type(
-                f"Compiled{cls.__name__}", (_Compiled, cls), {"_compiled": staticmethod(torch.compile(cls.forward, backend=backend))}
-            )
+            compiled = staticmethod(torch.compile(cls.forward, backend=backend))
+            made[cls] = type(f"Compiled{cls.__name__}", (_Compiled, cls), {"_compiled": compiled, "_may_fall_back": cfg.compile_fallback})
         block.__class__ = made[cls]
         block.__dict__["_compiled_name"] = name
 
@@ -36,9 +38,21 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
 class _Compiled(nn.Module):
     _compiled: Any
     _compiled_name: str
+    _may_fall_back: bool
+    _gave_up = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gave_up:
+            return super().forward(*args, **kwargs)
         try:
             return self._compiled(self, *args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.BackendCompilerFailed) as error:
-            raise UserError(f"compile: block {self._compiled_name!r} cannot be compiled; write compile=false\n{error}") from error
+            if not self._may_fall_back:
+                raise UserError(
+                    f"compile: block {self._compiled_name!r} cannot be compiled; write compile=false, or compile_fallback=true to run such "
+                    f"blocks as they are\n{error}"
+                ) from error
+            reason = " ".join(str(error).strip().splitlines()[:2])
+            log.warning("compile: block %r cannot be compiled and runs as it is (compile_fallback=true): %s", self._compiled_name, reason)
+        self._gave_up = True
+        return super().forward(*args, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from paratrain.config import Config
 from paratrain.errors import UserError
+from paratrain.parallel.activations import Budget, measure
 
 log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
@@ -48,6 +49,9 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
                 "memory.recompute: %s.use_cache is switched off: the second forward would add to the cache again", type(config).__name__
             )
             config.use_cache = False
+    if cfg.memory.recompute == "auto":
+        _refuse_nested(blocks)
+    budget = Budget(cfg.memory.budget_gib, [name for name, _ in blocks]) if cfg.memory.budget_gib is not None else None
     made: dict[tuple[type, bool], type] = {}  # blocks of one class stay so, and share what is compiled
     for name, block in blocks[:: cfg.memory.recompute_every]:
         updated = [f"{name}.{buffer}" for buffer in block.state_dict() if buffer in dict(block.named_buffers())]
@@ -58,19 +62,38 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
             )
         kind = type(block), bool(updated)
         if kind not in made:
-            options = {"_selective": cfg.memory.recompute == "selective", "_updates_buffers": bool(updated)}
+            options = {"_selective": cfg.memory.recompute == "selective", "_updates_buffers": bool(updated), "_budget": budget}
             made[kind] = type(f"Recomputed{kind[0].__name__}", (_Recomputed, kind[0]), options)
         block.__class__ = made[kind]
+        block.__dict__["_block_name"] = name
+
+
+def _refuse_nested(blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Ranks may decide differently, so no block may gather the weights of another."""
+    for name, _ in blocks:
+        if around := next((other for other, _ in blocks if name.startswith(f"{other}.")), None):
+            raise UserError(
+                f"memory.recompute=auto: block {name!r} is inside block {around!r}; name one kind in memory.blocks, or write "
+                "memory.recompute=full"
+            )
 
 
 class _Recomputed(nn.Module):
     _selective: bool
     _updates_buffers: bool
+    _budget: Budget | None
+    _block_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         run = partial(super().forward, **kwargs)
+        if self._budget is not None:
+            if not self._budget.knows(self._block_name, (args, kwargs)):
+                with _scratch_buffers(self, nullcontext()):
+                    self._budget.note(self._block_name, (args, kwargs), measure(self, run, args))
+            elif not self._budget.recomputes(self._block_name):
+                return run(*args)
         if not (self._selective or self._updates_buffers):
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
         contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)

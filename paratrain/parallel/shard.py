@@ -109,6 +109,7 @@ def shard(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], mesh: Mesh,
         else OffloadPolicy(),
         "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
     }
+    _refuse_mixed_dtypes([*reversed(blocks), ("the root", model)])
     for name, block in reversed(blocks):  # a block inside a block first
         _check_outputs_once(name, block)
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **settings)
@@ -135,6 +136,22 @@ def _dtypes(cfg: Config) -> MixedPrecisionPolicy:
     lowest = compute or policy.param_dtype
     reduce_dtype = torch.float32 if lowest.itemsize < 4 and cfg.precision.reduce_dtype == "fp32" else None
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype, cast_forward_inputs=compute is not None)
+
+
+def _refuse_mixed_dtypes(groups: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse groups whose gradients cannot be reduced as one buffer; of modules inside each other, the inner comes first."""
+    seen: set[torch.Tensor] = set()
+    for group, module in groups:
+        named = {name: param for name, param in module.named_parameters() if param.requires_grad and param.ndim and param not in seen}
+        seen.update(named.values())
+        by_dtype = {param.dtype: name for name, param in named.items()}
+        if len(by_dtype) > 1:
+            found = ", ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in by_dtype.items())
+            raise UserError(
+                f"model: sharding reduces the gradients of {group} as one buffer, and its parameters differ in dtype: {found}; keep complex "
+                "weights as real ones with a last dim of 2 (torch.view_as_complex in forward), put them into modules of their own and name "
+                "those in memory.blocks, or write strategy=ddp"
+            )
 
 
 def _check_outputs_once(name: str, block: nn.Module) -> None:
