@@ -144,6 +144,16 @@ def test_two_ranks_equal_one(device, on, strategy):
     assert difference(results[0][0], expected) <= EXACT
 
 
+@pytest.mark.parametrize("strategy", [DDP(), FSDP()], ids=lambda strategy: strategy.name)
+def test_batch_norm_is_over_both_ranks(device, on, strategy):
+    build, loss_fn, batches = zoo()["conv"]
+
+    def body():
+        return train(on(config(strategy=strategy)), build, loss_fn, batches)
+
+    assert difference(run(body, 2, init=False)[0], by_hand(build, loss_fn, batches)) <= EXACT
+
+
 def test_one_shard_overflows_and_both_ranks_skip(device, on):
     def body():
         cfg = on(config(strategy=FSDP(), precision=Precision("16-mixed", LossScale(init=1024.0))))

@@ -1,0 +1,124 @@
+"""Tables of the README: benchmarks from benchmarks/results/*.json, choices from conf/, pages from docs/, so that none can drift.
+
+python docs/tables.py          write them between their markers, <!-- table NAME --> and <!-- end -->
+python docs/tables.py --check  exit with 1 where they differ
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def exactness(rows: dict) -> list[list[str]]:
+    head = ["20 steps, 2 ranks, accumulation 2, float64", "equal lengths", "masked tokens"]
+    return [head, *([name, f"{row['equal_lengths']:.0e}", f"{row['masked_tokens']:.0e}"] for name, row in rows.items())]
+
+
+def overhead(rows: dict) -> list[list[str]]:
+    head = ["", "µs a step", "added to the loop by hand, median (quartiles)"]
+    return [head, *([name, f"{row['us_per_step']:.0f}", row["spread_of_added"]] for name, row in rows.items())]
+
+
+def import_time(rows: dict) -> list[list[str]]:
+    return [["", "seconds over `import torch`"], *([name, f"{row['seconds']:.3f}"] for name, row in rows.items())]
+
+
+def recovery(rows: dict) -> list[list[str]]:
+    def middle(name: str) -> str:
+        return f"{statistics.median(rows[name]):.2f} s"
+
+    return [
+        ["", "median"],
+        [f"training waits for a checkpoint of {rows['state_mib']:.0f} MiB, written before it goes on", middle("sync_s")],
+        ["the same, written while it goes on", middle("async_stall_s")],
+        ["SIGKILL of a rank to the next training step, restarted by torchrun", middle("sigkill_to_next_step_s")],
+    ]
+
+
+TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
+    "exactness": exactness,
+    "overhead": overhead,
+    "import_time": import_time,
+    "recovery": recovery,
+}
+
+
+def gpu() -> str:
+    """Every GPU on which `make gpu` was run."""
+    lines = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        result = json.loads(path.read_text())
+        head = [result["machine"], "tokens/s", "MFU (causal)", "peak GiB", "time, by hand = 1"]
+        body = [
+            [name, f"{row['tokens_per_sec']:.0f}", _mfu(row), f"{row['peak_bytes'] / 2**30:.1f}", f"{row['time_over_hand']:.3f}"]
+            for name, row in result["rows"].items()
+            if "left_out" not in row
+        ]
+        lines += [_table(head, body), "", f"[`benchmarks/gpu.py`](benchmarks/gpu.py): {result['note']}.", ""]
+    return "\n".join(lines or ["No GPU yet: `make gpu` on a machine that has one fills this table.", ""])
+
+
+def choices() -> str:
+    """The choices of the groups that one overrides first."""
+    aliases = {"64-true", "32-true", "bf16-mixed", "bf16-true", "16-mixed"}
+    rows = []
+    for group in ("strategy", "precision", "optimizer", "scheduler", "model", "data", "logger"):
+        names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml") if path.stem not in aliases)
+        rows.append([f"`{group}=`", " ".join(f"`{name}`" for name in names)])
+    return _table(["group", "choices"], rows, right=False) + "\n"
+
+
+def pages() -> str:
+    """A line for each page of docs/, by its title."""
+    titles = {page.name: page.read_text().splitlines()[0].lstrip("# ") for page in sorted((ROOT / "docs").glob("*.md"))}
+    return "\n".join(f"- [{title}](docs/{name})" for name, title in titles.items()) + "\n"
+
+
+def render(name: str) -> str:
+    """What stands between the markers of `name`: a benchmark's result with its machine and note, or what a function of that name makes."""
+    if name in OTHERS:
+        return OTHERS[name]()
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    head, *body = TABLES[name](result["rows"])
+    source = f"[`benchmarks/{name}.py`](benchmarks/{name}.py): {result['note']}. {result['machine']}."
+    return "\n".join([_table(head, body), "", source, ""])
+
+
+def _table(head: list[str], body: list[list[str]], right: bool = True) -> str:
+    rule = ["---", *["---:" if right else "---"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+
+
+def _mfu(row: dict) -> str:
+    return f"{row['mfu']:.1%} ({row['mfu_causal']:.1%})" if "mfu" in row else "no peak known"
+
+
+OTHERS: dict[str, Callable[[], str]] = {"gpu": gpu, "choices": choices, "pages": pages}
+
+
+def rewritten(text: str) -> str:
+    """A page with every marked table as it is measured."""
+    return MARKED.sub(lambda match: f"{match[1]}{render(match[2])}{match[3]}", text)
+
+
+def main(arguments: list[str]) -> int:
+    text = README.read_text()
+    new = rewritten(text)
+    if "--check" in arguments:
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
