@@ -26,9 +26,9 @@ setup(
         "wandb",
     ],
     extras_require={
-        "deepspeed": ["deepspeed"],
-        "fairscale": ["fairscale"],
-        "hf": ["datasets", "transformers", "pyarrow"],
+        "deepspeed": ["deepspeed>=0.19.8"],  # managed_gradient_accumulation
+        "fairscale": ["fairscale>=0.4.13"],
+        "hf": ["datasets", "transformers", "pyarrow", "peft"],
         "optim": ["pytorch-optimizer"],
         "fp8": ["torchao"],
         "remote": ["fsspec"],

@@ -40,13 +40,22 @@ def _config(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="group=choice, key=value")
     parser.add_argument("--config-dir", help="a directory of your own configuration")
     parser.add_argument("--config-name", default="paratrain", help="root file in it")
+    parser.add_argument("--deepspeed", type=int, metavar="RANKS", help="print DeepSpeed's JSON instead, for that many processes")
     asked = parser.parse_intermixed_args(arguments)
     import yaml
 
     from paratrain._hydra import load_config
     from paratrain.schema import to_dict
 
-    print(yaml.safe_dump(to_dict(load_config(asked.overrides, asked.config_name, asked.config_dir)), sort_keys=False), end="")
+    cfg = load_config(asked.overrides, asked.config_name, asked.config_dir)
+    if asked.deepspeed is not None:
+        import json
+
+        from paratrain.backends.deepspeed_config import generate
+
+        print(json.dumps(generate(cfg, asked.deepspeed), indent=2))
+        return 0
+    print(yaml.safe_dump(to_dict(cfg), sort_keys=False), end="")
     return 0
 
 

@@ -55,7 +55,8 @@ def generate(cfg: Config, ranks: int) -> dict[str, Any]:
         ConfigError: `strategy.ds_config` contradicts the configuration; names both sides of each contradiction.
     """
     options = cfg.strategy
-    assert isinstance(options, DeepSpeed)
+    if not isinstance(options, DeepSpeed):
+        raise ConfigError([f"strategy: {options.name} is not DeepSpeed's; write strategy=deepspeed_zero1, 2 or 3"])
     made = _generated(cfg, options, ranks)
     faults = list(_conflicts(made, options.ds_config, ""))
     if faults:

@@ -7,7 +7,7 @@ can be initialised module by module, in any order.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class GPT(nn.Module):
         dropout: probability for embeddings, attention weights and both residual branches.
         tied: share the weights of the embedding and of the output head.
         rope_theta: base of the rotary wavelengths.
+        norm: torch, or apex for NVIDIA Apex' fused kernel.
 
     Raises:
         ValueError: when the sizes do not divide.
@@ -48,6 +49,7 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         rope_theta: float = 10000.0,
+        norm: Literal["torch", "apex"] = "torch",
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -64,6 +66,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, kv_heads, ffn, dropout, residual_std) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.head = Linear(dim, vocab_size)
+        if norm == "apex":
+            from paratrain.backends.apex import fuse_norms
+
+            fuse_norms(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -96,6 +96,8 @@ def not_matrices(model: nn.Module) -> set[str]:
 
 def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, problems: list[str]) -> torch.optim.Optimizer | None:
     cls = locate(target, key="optimizer._target_")
+    if target.startswith("apex.") and any(isinstance(p, DTensor) for g in groups for p in g["params"]):
+        problems.append(f"optimizer._target_: {target}: Apex' kernels cannot read sharded weights; write strategy=ddp, or optimizer=adamw")
     accepted: Mapping[str, inspect.Parameter] = inspect.signature(cls).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     for group in groups:
