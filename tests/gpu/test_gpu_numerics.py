@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference import config, token_batches, token_loss
+from sharding_zoo import gpt, seeded, zoo
 from test_sharding import by_hand, difference, train
 from torch import nn
 from torch.distributed.tensor import DTensor
-from zoo import gpt, seeded, zoo
 
 from paratrain.api import setup
 from paratrain.config import DDP, FSDP, LossScale, Memory, Optimizer, Precision, Zero1, Zero2
