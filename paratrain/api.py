@@ -15,7 +15,7 @@ from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
 from paratrain.loss import Loss
 from paratrain.metrics.flops import on_meta
-from paratrain.parallel import materialise
+from paratrain.parallel import freeze, materialise
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,12 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         torch.use_deterministic_algorithms(True)
     axes = mesh.build(cfg, device.type)
     planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1)
+    freeze.apply(planned.model, cfg.freeze)
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
     elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else ()
+    if cfg.memory.offload == "optimizer":
+        optim.stream_states(optimizers)
     optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,66 @@ def track_gradients(module: Any, used: set[torch.Tensor]) -> None:
     """
     for group in _param_groups(module):
         group.post_backward = functools.partial(_fill_and_reduce, group, group.post_backward, used)
+
+
+@contextmanager
+def without_communication(model: Any) -> Iterator[None]:
+    """A context in which `fully_shard` modules of the root `model` talk to no other rank, allocating as if they did.
+
+    A gather repeats this rank's part and a reduction returns its own; what runs inside may end anywhere by an exception. Gradients
+    are gone afterwards.
+    """
+    groups = [group for module in model.modules() if hasattr(module, "_get_fsdp_state") for group in _param_groups(module)]
+    before = [(group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads) for group in groups]
+    for group in groups:
+        group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads = _Repeat(), _KeepOwn(), False
+    try:
+        yield
+    finally:
+        for group, (gather, scatter, reduces) in zip(groups, before, strict=True):
+            group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads = gather, scatter, reduces
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):
+                    param._unsharded_param.grad = None
+        _reset(model, groups)
+
+
+def _reset(model: Any, groups: Sequence[Any]) -> None:
+    """Make modules that an exception left between forward and backward ready for a forward; public from 2.13 on."""
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+        return
+    state = model._get_fsdp_state()
+    state._comm_ctx.all_gather_state = state._comm_ctx.reduce_scatter_state = None
+    state._comm_ctx.post_forward_order.clear()
+    for member in state._state_ctx.all_states:
+        member._training_state = type(member._training_state).IDLE
+        getattr(member, "_modules_to_run_forward", set()).clear()
+    for group in groups:
+        group._all_gather_result = group._post_reduce_event = group._reshard_after_forward_event = None
+        group._partial_reduce_output = group._all_reduce_state = None
+        group._post_forward_indices.clear()
+        group._training_state = type(group._training_state).IDLE
+        group._to_sharded()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+
+
+class _Alone:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Repeat(_Alone):
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False) -> None:
+        own = input_tensor.clone()  # it is a part of the output
+        output_tensor.view(group.size(), -1).copy_(own.view(1, -1).expand(group.size(), -1))
+
+
+class _KeepOwn(_Alone):
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        output_tensor.view(-1).copy_(input_tensor.view(group.size(), -1)[group.rank()])
 
 
 def _param_groups(module: Any) -> list[Any]:

@@ -327,7 +327,9 @@ class Data:
     """What every data source has in common."""
 
     global_batch: int = key(16, "samples a step over all ranks: the unit of training, whatever the layout", minimum=1)
-    micro_batch_size: int | None = key(None, "samples a rank runs at once; null: its whole part of the global batch", minimum=1)
+    micro_batch_size: int | Literal["auto"] | None = key(
+        None, "samples a rank runs at once; auto: as many as fit, found by trying; null: its whole part of the global batch", minimum=1
+    )
     workers: int = key(0, "loader processes a rank", minimum=0)
     shuffle: bool = key(True, "a new order every epoch, a function of (seed, epoch) alone")
 
@@ -782,7 +784,16 @@ def _precision(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
 
 def _data(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     data = cfg.data
-    if data.micro_batch_size is not None and data.micro_batch_size > data.global_batch:
+    if data.micro_batch_size == "auto":
+        split = next((axis for axis in ("tp", "cp", "pp", "ep") if getattr(cfg.parallel, axis) > 1), None)
+        if split:
+            reason = f"auto tries sizes on each rank alone, which parallel.{split} does not allow; write a number"
+            yield Fault("data.micro_batch_size", reason), (f"parallel.{split}",)
+        if isinstance(cfg.strategy, Foreign):
+            yield Fault("data.micro_batch_size", f"auto, but strategy={cfg.strategy.name} is told it beforehand; write a number"), ("strategy",)
+        if isinstance(cfg.strategy, DDP) and cfg.strategy.static_graph:
+            yield Fault("data.micro_batch_size", "auto changes the graph; write a number, or strategy.static_graph=false"), ("strategy",)
+    elif data.micro_batch_size is not None and data.micro_batch_size > data.global_batch:
         reason = f"{data.micro_batch_size} samples cannot be taken from a global batch of {data.global_batch}; write at most that"
         yield Fault("data.micro_batch_size", reason), ("data.global_batch",)
     if isinstance(data, TextSource):

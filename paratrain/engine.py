@@ -25,9 +25,11 @@ from paratrain import gradients, rng
 from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
+from paratrain.faults import memory
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count
 from paratrain.mesh import Mesh
+from paratrain.micro_batch import AutoMicroBatch
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
 from paratrain.optim.state import averaged, numbers, set_numbers
@@ -104,6 +106,7 @@ class Engine:
         global_step: steps taken, skipped ones included; the position in the data.
         updates: steps that changed the weights; the position in the schedule.
         ema: moving average of the weights; None without `ema`.
+        micro_batch_size: samples a rank runs at once; None: its whole part of the global batch.
     """
 
     def __init__(
@@ -132,6 +135,9 @@ class Engine:
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
+        size = cfg.data.micro_batch_size
+        self.micro_batch_size: int | None = 1 if size == "auto" else size
+        self._auto = AutoMicroBatch(self._rehearse, self._largest_of_data_ranks, self._none_fits) if size == "auto" else None
         self._unit: float | None = None
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
@@ -165,6 +171,8 @@ class Engine:
         """
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
+        if self._auto is not None:
+            self.micro_batch_size = self._auto.fit(batches.as_local(batch))
         micro = self._micro_batches(batch)
         self._votes = tuple(votes)
         with rng.preserved(self.device):
@@ -434,7 +442,7 @@ class Engine:
 
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
-        share, size = batches.as_local(batch), self.cfg.data.micro_batch_size
+        share, size = batches.as_local(batch), self.micro_batch_size
         if self._layout.pipeline is None:
             return batches.split(share, size)
         micro = batches.split(share, size or self._layout.pipeline.micro_batch_size(share.largest))
@@ -502,6 +510,44 @@ class Engine:
         assert self._window is not None
         count = float(self._sum_over_ranks(self._window, over=self.mesh.data)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
+
+    def _rehearse(self, share: LocalBatch, size: int) -> bool:
+        """Whether forward and backward of micro-batches of `size` samples fit in this rank's memory; afterwards all is as it was."""
+        micro = batches.split(share, size)[:2]  # one that accumulates and one that reduces
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        fits = True
+        with rng.preserved(self.device), self._layout.rehearsal():
+            try:
+                for number, (inputs, targets, real) in enumerate(micro):
+                    with self.no_sync() if number + 1 < len(micro) else _nothing():
+                        total, _ = self._loss(self._layout.run, inputs, targets, real)
+                        if total.requires_grad:
+                            self._layout.backward(total)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                fits = False
+        total = None
+        for param in self.model.parameters():
+            param.grad = None
+        if self._layout.used is not None:
+            self._layout.used.clear()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        if not fits and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return fits
+
+    def _largest_of_data_ranks(self, value: float) -> float:
+        if self._data_ranks == 1:
+            return value
+        vector = self._vector([value])
+        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._data_group)
+        return float(vector)
+
+    def _none_fits(self) -> UserError:
+        self.micro_batch_size = 1
+        return memory.report(self, torch.OutOfMemoryError("data.micro_batch_size=auto: a rank cannot train on a single sample"))
 
     def _average_to_evaluate(self) -> AbstractContextManager:
         return self.ema.applied() if self.ema and self.ema.options.evaluate else nullcontext()

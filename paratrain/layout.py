@@ -32,6 +32,7 @@ class Layout:
         model: the user's module, under the user's own names.
         run: what computes its forward, collectives included.
         no_sync: context for the forward and backward of every micro-batch but the last.
+        rehearsal: context in which forward and backward need no other rank, and may fail; their results mean nothing.
         average: factor by which gradients come out of the reduction too small, because it divides by the ranks.
         settle: makes the model its shards again after a forward that no backward follows.
         reduce: averages, once before the update, the gradients that backward does not.
@@ -44,6 +45,7 @@ class Layout:
     model: nn.Module
     run: Callable
     no_sync: Callable[[], AbstractContextManager] = nullcontext
+    rehearsal: Callable[[], AbstractContextManager] = field(default=nullcontext, kw_only=True)
     average: int = 1
     settle: Callable[[], None] = lambda: None
     reduce: Callable[[Sequence[torch.Tensor]], None] = lambda params: None
@@ -84,7 +86,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         if stages:
             run = Pipeline(stages, mesh, cfg, device, sharded=True)
             return Layout(model, run.forward, average=ranks, settle=sharded.settle, reduce=_both(sharded.reduce, run.reduce), used=sharded.used, pipeline=run, placed=placed)
-        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, placed=placed)
+        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, rehearsal=sharded.rehearsal, placed=placed)
     materialise.fill(planned, cfg, device)
     placed.keep(model)
     if stages:
@@ -93,7 +95,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     if ranks == 1:
         return Layout(model, model, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)
-    return Layout(model, wrapped, wrapped.no_sync, ranks)
+    return Layout(model, wrapped, wrapped.no_sync, ranks, rehearsal=wrapped.no_sync)
 
 
 def _both(first: Callable[[Sequence[torch.Tensor]], None], then: Callable[[Sequence[torch.Tensor]], None]) -> Callable:

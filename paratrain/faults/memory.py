@@ -43,7 +43,7 @@ def report(engine: Engine, error: BaseException) -> OutOfMemory:
             "the device": total,
         }
     table = "\n".join(f"  {name:38}{size / 2**30:9.3f} GiB" for name, size in rows.items())
-    micro = cfg.data.micro_batch_size
+    micro = engine.micro_batch_size
     smaller = f"data.micro_batch_size={max(1, (micro or 2) // 2)}" if micro != 1 else "shorter samples"
     sharded = (
         "" if cfg.strategy.name in ("fsdp", "hsdp", "zero3") else ", strategy=fsdp to divide weights and optimizer states over the ranks"

@@ -23,10 +23,10 @@ def refuse_accumulation(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
     """
     names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     share = -(-cfg.data.global_batch // mesh.data.size())
-    size = cfg.data.micro_batch_size
+    size = 1 if cfg.data.micro_batch_size == "auto" else cfg.data.micro_batch_size
     if names and size is not None and size < share and cfg.trainer.batch_norm == "sync":
         raise UserError(
-            f"data.micro_batch_size={size}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the "
+            f"data.micro_batch_size={cfg.data.micro_batch_size}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the "
             f"global batch, so the loss would depend on the layout; write data.micro_batch_size=null (a rank's share, {share}), use GroupNorm, "
             "or accept it with trainer.batch_norm=local"
         )

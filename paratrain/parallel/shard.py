@@ -6,7 +6,7 @@ ZeRO-1, ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2020) differ only in how long gat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from paratrain.compat import track_gradients
+from paratrain.compat import track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -69,6 +69,10 @@ class ShardedModel:
         finally:
             model.set_requires_gradient_sync(True)
             model.set_reshard_after_backward(True)
+
+    def rehearsal(self) -> AbstractContextManager:
+        """A context in which a forward and its backward need no other rank."""
+        return without_communication(self.model)
 
     def settle(self) -> None:
         """Free gathered weights that a forward without a backward has left, so that the model is its shards again."""
