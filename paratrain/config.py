@@ -78,6 +78,16 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Context:
+    """How `parallel.cp` ranks share a sequence."""
+
+    method: Literal["all_to_all", "all_gather", "ring"] = key(
+        "all_to_all",
+        "exchange sequence for heads, whose number the ranks must divide; gather keys and values; or send them around, which never holds them whole",
+    )
+
+
+@dataclass(frozen=True)
 class Single:
     """One process."""
 
@@ -541,6 +551,7 @@ class Config:
     output_dir: str | None = key(None, "where the job writes; from the command line it is hydra.run.dir; null in Python: runs/<time>")
     parallel: Parallel = key(Parallel(), "degrees of parallelism")
     pipeline: Pipeline = key(Pipeline(), "how parallel.pp ranks share the depth of a model")
+    context: Context = key(Context(), "how parallel.cp ranks share a sequence")
     strategy: (
         Single
         | DDP
@@ -654,9 +665,11 @@ def _pipeline(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
 
 def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     parallel, strategy = cfg.parallel, cfg.strategy
-    for axis in ("cp", "ep"):
-        if (degree := getattr(parallel, axis)) > 1:
-            yield Fault(f"parallel.{axis}", f"{degree} is not built yet in this version of paratrain; write parallel.{axis}=1"), ()
+    if parallel.ep > 1:
+        yield Fault("parallel.ep", f"{parallel.ep} is not built yet in this version of paratrain; write parallel.ep=1"), ()
+    for axis in ("tp", "pp"):
+        if parallel.cp > 1 and getattr(parallel, axis) > 1:
+            yield Fault("parallel.cp", f"{parallel.cp} together with parallel.{axis} is not built yet; write 1 for one of them"), (f"parallel.{axis}",)
     yield from _pipeline(cfg)
     if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):
         yield Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"), ("parallel.tp",)

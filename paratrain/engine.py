@@ -33,6 +33,7 @@ from paratrain.micro_batch import AutoMicroBatch
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
 from paratrain.optim.state import averaged, numbers, set_numbers
+from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler
 
@@ -180,7 +181,7 @@ class Engine:
                 self._train_stages(self._layout.pipeline, micro)
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
-                rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._data_rank)
+                rng.reseed(self.device, self.cfg.seed, self.global_step, number, self.mesh.weights.get_local_rank())
                 with self.no_sync() if number + 1 < len(micro) else _nothing():
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
         return self.step()
@@ -443,11 +444,22 @@ class Engine:
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
         share, size = batches.as_local(batch), self.micro_batch_size
+        if self._layout.context is not None:
+            return self._sequences(self._layout.context, batches.split(share, size))
         if self._layout.pipeline is None:
             return batches.split(share, size)
         micro = batches.split(share, size or self._layout.pipeline.micro_batch_size(share.largest))
         filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0
         return micro + [filler] * (self._layout.pipeline.planned.micro_batches(len(micro)) - len(micro))
+
+    def _sequences(self, context: Context, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any, int]]:
+        """This rank's part of every sequence."""
+        parts = [(*context.part(inputs, targets), real) for inputs, targets, real in micro]
+        inputs = self._policy.cast_inputs(batches.to_device(parts[0][0], self.device))
+        with self._policy.autocast(self.device.type):
+            context.prove(self.model, inputs)
+        self._layout.settle()
+        return parts
 
     def _train_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> None:
         """Forward and backward of every micro-batch; the loss is known on the last stage and zero on the others until it is summed."""
@@ -459,7 +471,7 @@ class Engine:
 
         @contextmanager
         def around(stage: int, number: int) -> Iterator[None]:
-            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._data_rank, stage)
+            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self.mesh.weights.get_local_rank(), stage)
             with self._policy.autocast(self.device.type):
                 yield
 
@@ -508,7 +520,7 @@ class Engine:
         two rounds nothing, and the division by the true count makes up for it.
         """
         assert self._window is not None
-        count = float(self._sum_over_ranks(self._window, over=self.mesh.data)[1])
+        count = float(self._sum_over_ranks(self._window, over=self.mesh.weights)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
 
     def _rehearse(self, share: LocalBatch, size: int) -> bool:
@@ -586,11 +598,11 @@ class Engine:
         here = [param in used for param in self._params]
         used.clear()
         users = torch.tensor(here, dtype=torch.float64).to(self.device, non_blocking=True)
-        if self.mesh.loss is self.mesh.data:
-            together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.data)
+        if self.mesh.loss is self.mesh.weights:
+            together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.weights)
             totals, users = self._scalars(together[: len(own)]), together[len(own) :]
         else:
-            totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.data)
+            totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.weights)
         if not all(here):  # only then is there anything to wait for
             for param, count in zip(self._params, users.tolist(), strict=True):
                 if not count:

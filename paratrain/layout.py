@@ -18,7 +18,8 @@ from paratrain import backends
 from paratrain.config import Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import activations, batch_norm, blocks, compile, ddp, materialise, pipeline, recompute, tensor
+from paratrain.parallel import activations, batch_norm, blocks, compile, context, ddp, materialise, pipeline, recompute, tensor
+from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
 from paratrain.parallel.tensor import Placed
@@ -40,6 +41,7 @@ class Layout:
         pipeline: runs whole steps over the stages, where there are several.
         backward: runs the backward of a scaled loss.
         placed: what tensor parallelism split.
+        context: splits sequences, where several ranks share each.
     """
 
     model: nn.Module
@@ -53,22 +55,24 @@ class Layout:
     pipeline: Pipeline | None = None
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     placed: Placed = field(default_factory=Placed)
+    context: Context | None = None
 
 
 def is_sharded(mesh: Mesh, cfg: Config) -> bool:
     """Whether data ranks hold parts of the weights. One rank alone has nothing to share, but may offload."""
-    return isinstance(cfg.strategy, Sharded) and (mesh.data.size() > 1 or cfg.memory.offload == "params")
+    return isinstance(cfg.strategy, Sharded) and (mesh.weights.size() > 1 or cfg.memory.offload == "params")
 
 
 def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:
     """Lay a planned model out over `mesh`, in place, and give it its values."""
-    model, ranks = planned.model, mesh.data.size()
+    model, ranks = planned.model, mesh.weights.size()
     _refuse_sparse_gradients(model)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
     units = stages.units if stages else units
     placed = tensor.place(model, mesh, cfg)
+    sequences = context.apply(model, units, mesh, cfg)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
     if placed.plan and ranks > 1 and not isinstance(cfg.strategy, Sharded):
@@ -86,7 +90,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         if stages:
             run = Pipeline(stages, mesh, cfg, device, sharded=True)
             return Layout(model, run.forward, average=ranks, settle=sharded.settle, reduce=_both(sharded.reduce, run.reduce), used=sharded.used, pipeline=run, placed=placed)
-        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, rehearsal=sharded.rehearsal, placed=placed)
+        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, rehearsal=sharded.rehearsal, placed=placed, context=sequences)
     materialise.fill(planned, cfg, device)
     placed.keep(model)
     if stages:
@@ -95,7 +99,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     if ranks == 1:
         return Layout(model, model, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)
-    return Layout(model, wrapped, wrapped.no_sync, ranks, rehearsal=wrapped.no_sync)
+    return Layout(model, wrapped, wrapped.no_sync, ranks, rehearsal=wrapped.no_sync, context=sequences)
 
 
 def _both(first: Callable[[Sequence[torch.Tensor]], None], then: Callable[[Sequence[torch.Tensor]], None]) -> Callable:

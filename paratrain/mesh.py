@@ -67,22 +67,28 @@ class Mesh:
     Attributes:
         root: every axis of `AXES`, outermost first.
         data: dp_replicate x dp_shard flattened: the ranks that see different samples.
-        loss: pp x data flattened: the ranks that hold parts of the loss of a step.
-        shard: what `fully_shard` shards over: dp_shard, or dp_replicate x dp_shard where there are replicas.
+        weights: data x cp flattened: the ranks whose gradients of the same weights are added.
+        loss: pp x data x cp flattened: the ranks that hold parts of the loss of a step.
+        shard: what `fully_shard` shards over: dp_shard x cp, or dp_replicate x (dp_shard x cp) where there are replicas.
     """
 
     root: DeviceMesh
     data: DeviceMesh
+    weights: DeviceMesh
     loss: DeviceMesh
-
-    @property
-    def shard(self) -> DeviceMesh:
-        return self.root[DATA] if self.root["dp_replicate"].size() > 1 else self.root["dp_shard"]
+    shard: DeviceMesh
 
 
 def build(cfg: Config, device_type: str) -> Mesh:
     """The mesh of this job. Needs the default process group."""
     shape = degrees(cfg, dist.get_world_size())
     root = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=AXES)
-    data = flatten_mesh(root[DATA], "dp")
-    return Mesh(root, data, flatten_mesh(root[("pp", *DATA)], "loss") if shape["pp"] > 1 else data)
+    weights = data = flatten_mesh(root[DATA], "dp")
+    shard = root["dp_shard"]
+    if shape["cp"] > 1:
+        weights, shard = flatten_mesh(root[(*DATA, "cp")], "weights"), flatten_mesh(root[("dp_shard", "cp")], "dp_shard_cp")
+    loss = flatten_mesh(root[("pp", *DATA, "cp")], "loss") if shape["pp"] > 1 else weights
+    if shape["dp_replicate"] > 1:
+        assert shard.mesh_dim_names is not None
+        shard = root[("dp_replicate", shard.mesh_dim_names[0])]
+    return Mesh(root, data, weights, loss, shard)

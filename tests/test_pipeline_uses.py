@@ -11,7 +11,7 @@ from test_pipeline import assert_same, by_hand, gpt, logit_loss, piped, skips, t
 from torch import nn
 
 from paratrain.api import setup
-from paratrain.config import DDP, FSDP, LossScale, Memory, ParamGroup, Parallel, Precision, check
+from paratrain.config import DDP, FSDP, LossScale, Memory, Parallel, ParamGroup, Precision, check
 from paratrain.errors import ConfigError, UserError
 from paratrain.models.gpt import generate
 from paratrain.spawn import run

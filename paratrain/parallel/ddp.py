@@ -13,14 +13,14 @@ from paratrain.mesh import Mesh
 
 
 def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParallel:
-    """Wrap `model`: rank 0's weights everywhere, gradients averaged over `mesh.data` in buckets while backward runs.
+    """Wrap `model`: rank 0's weights everywhere, gradients averaged over `mesh.weights` in buckets while backward runs.
 
     Raises:
         UserError: for a communication hook that the backend of this mesh cannot run.
     """
     options = cfg.strategy
     assert isinstance(options, DDP)
-    group = mesh.data.get_group()
+    group = mesh.weights.get_group()
     wrapped = DistributedDataParallel(
         model,
         process_group=group,

@@ -176,7 +176,7 @@ class Pipeline:
         self.rank = self.group.rank()
         self.is_last = planned_last(made) == self.rank
         self._made, self._sharded = made, sharded
-        self._data_group = mesh.data.get_group()
+        self._data_group = mesh.weights.get_group()
         self._wire = Wire(self.group, device)
         self._shared = [name for name, ranks in made.holders.items() if len(ranks) > 1]
         names = {param: name for name, param in self.model.named_parameters()}

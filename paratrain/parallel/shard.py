@@ -104,7 +104,7 @@ def shard(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], mesh: Mesh,
     options = cfg.strategy
     assert isinstance(options, Sharded)
     _check(options, mesh)
-    sharded = ShardedModel(model, mesh.data.get_group(), options, cfg.strategy.name)
+    sharded = ShardedModel(model, mesh.weights.get_group(), options, cfg.strategy.name)
     settings: dict[str, Any] = {
         "mesh": mesh.shard,
         "mp_policy": _dtypes(cfg),
@@ -125,7 +125,7 @@ def shard(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], mesh: Mesh,
 
 
 def _check(options: Sharded, mesh: Mesh) -> None:
-    ranks = mesh.root["dp_shard"].size()
+    ranks = mesh.shard.size(-1)
     over = options.reshard_after_forward
     if not isinstance(over, bool) and (over < 2 or ranks % over):
         raise UserError(

@@ -1,0 +1,215 @@
+"""Context parallelism: every sequence split over ranks, for any model whose positions meet in `scaled_dot_product_attention` only.
+
+The calls are found while the user's forward runs and answered by `context_attention.py`. Whether there is nothing else by which one
+position depends on another, and no position that the model counts by itself, is not assumed: before the first step the model runs on a
+probe, with attention replaced by a function of each position alone, and must then be a function of each position alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from paratrain import batch as batches
+from paratrain.config import Config
+from paratrain.errors import UserError
+from paratrain.mesh import Mesh
+from paratrain.parallel import context_attention
+
+_POSITIONS = ("positions", "position_ids")
+
+
+class Context:
+    """Splits sequences and answers attention on one rank of the cp axis.
+
+    Attributes:
+        ranks: degree of the axis.
+        length: positions of the sequence that is running, on this rank.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, cfg: Config):
+        axis = mesh.root["cp"]
+        self.group: dist.ProcessGroup = axis.get_group()
+        self.rank, self.ranks = axis.get_local_rank(), axis.size()
+        self.method = cfg.context.method
+        self.taken = list(inspect.signature(model.forward).parameters)
+        self.argument = next((name for name in _POSITIONS if name in self.taken), None)
+        # Hugging Face models take position ids that do not count up for packed documents, so these keep runs
+        self.zigzag = self.method == "ring" and self.argument != "position_ids"
+        self.model, self.length, self.calls = model, 0, 0
+        self.probing = self.proven = False
+
+    def part(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """This rank's part of every sequence (dim 1) of a batch, with its positions where the model takes them.
+
+        Raises:
+            UserError: the tensors have no common sequence, or one that the ranks cannot share.
+        """
+        tensors = [leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)]
+        lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
+        if len(lengths) != 1 or any(tensor.ndim == 1 for tensor in tensors):
+            raise UserError(
+                f"parallel.cp={self.ranks}: every tensor of a batch must have the sequence along dim 1, got shapes {[tuple(t.shape) for t in tensors]}; "
+                "train with parallel.cp=1"
+            )
+        (length,) = lengths
+        runs = self.ranks * (2 if self.zigzag else 1)
+        if length % runs:
+            raise UserError(
+                f"parallel.cp={self.ranks}: sequences of {length} positions do not divide into {runs} equal runs (context.method={self.method}); "
+                f"pad or cut them to a multiple of {runs} (data.seq_len)"
+            )
+        positions = context_attention.order(length, self.ranks, self.zigzag)[self.rank]
+        self.length = len(positions)
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:, positions.to(tensor.device)] if tensor.ndim > 1 else tensor
+
+        inputs, targets = batches.map_tensors(take, inputs), batches.map_tensors(take, targets)
+        return self._with_positions(inputs, positions.to(tensors[0].device)), targets
+
+    def _with_positions(self, inputs: Any, positions: torch.Tensor) -> Any:
+        if self.argument is None or (isinstance(inputs, dict) and self.argument in inputs):
+            return inputs
+        given = {self.argument: positions.unsqueeze(0)}
+        if isinstance(inputs, dict):
+            return {**inputs, **given}
+        values = inputs if isinstance(inputs, tuple | list) else (inputs,)
+        return {**dict(zip(self.taken, values, strict=False)), **given}
+
+    # ------------------------------------------------------------------ attention
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+        """`scaled_dot_product_attention` over the whole sequence.
+
+        Raises:
+            UserError: for a form of it that cannot be honoured exactly.
+        """
+        self.calls += 1
+        if attn_mask is not None:
+            raise UserError(
+                f"parallel.cp={self.ranks}: attention with a mask (attn_mask {tuple(attn_mask.shape)}) cannot be split; let the model call "
+                "scaled_dot_product_attention(is_causal=True) without padding masks or sliding windows, or write parallel.cp=1"
+            )
+        if q.ndim != 4 or not q.shape[-2] == k.shape[-2] == self.length:
+            raise UserError(
+                f"parallel.cp={self.ranks}: attention from {tuple(q.shape)} to {tuple(k.shape)} is not self-attention [batch, heads, time, features] over "
+                f"this rank's {self.length} positions; write parallel.cp=1"
+            )
+        heads = q.shape[1]
+        if self.probing or self.method != "all_gather":
+            k, v = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (k, v))
+        if self.probing:
+            return v * (1 + torch.tanh(q.sum(-1, keepdim=True) + k.sum(-1, keepdim=True)))
+        if self.method == "all_to_all":
+            if heads % self.ranks:
+                raise UserError(
+                    f"context.method=all_to_all: {heads} heads do not divide by parallel.cp={self.ranks}; write context.method=ring or all_gather"
+                )
+            return context_attention.all_to_all(q, k, v, self.group, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+        if self.method == "all_gather":
+            return context_attention.all_gather(q, k, v, self.group, is_causal, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa)
+        if dropout_p:
+            raise UserError(
+                f"context.method=ring: attention dropout ({dropout_p}) is not built for the ring; write context.method=all_gather, or 0"
+            )
+        return context_attention.ring(q, k, v, self.group, is_causal, scale, self.zigzag)
+
+    # ------------------------------------------------------------------ probe
+
+    @torch.no_grad()
+    def prove(self, run: Callable, inputs: Any) -> None:
+        """Refuse a model in which positions meet elsewhere than in attention, or that counts positions by itself. Once, on every rank."""
+        if self.proven:
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        self.probing, self.calls = True, 0
+        try:
+            here = batches.take(inputs, 0, 1)
+            same = batches.map_tensors(lambda x: x[:, :1].expand_as(x).contiguous() if x.ndim > 1 else x, here)
+            ends = batches.map_tensors(lambda x: torch.cat([x[:, :-1], _changed(x[:, -1:], x)], 1) if x.ndim > 1 else x, here)
+            starts = batches.map_tensors(lambda x: torch.cat([_changed(x[:, :1], x), x[:, 1:]], 1) if x.ndim > 1 else x, here)
+            plain, flat, end, start = (_leaves(batches.call(run, probe), self.length) for probe in (here, same, ends, starts))
+        finally:
+            self.probing = False
+            for module, mode in modes:
+                module.training = mode
+        if not self.calls:
+            raise UserError(
+                f"parallel.cp={self.ranks}: the model never calls torch.nn.functional.scaled_dot_product_attention, by which sequences are split; "
+                "use it (Hugging Face: attn_implementation='sdpa'), or write parallel.cp=1"
+            )
+        met = any(not torch.equal(a[:, :-1], b[:, :-1]) for a, b in zip(plain, end, strict=True))  # the last one anywhere before it
+        met = met or any(not torch.equal(a[:, 1:], b[:, 1:]) for a, b in zip(plain, start, strict=True))  # the first one after it
+        if met:
+            raise UserError(
+                f"parallel.cp={self.ranks}: positions of the sequence meet elsewhere than in scaled_dot_product_attention (attention by hand, "
+                "a convolution, a mean over time, nn.MultiheadAttention ...), so it cannot be split; write parallel.cp=1"
+            )
+        if any(not torch.allclose(a, a[:, :1].expand_as(a), rtol=1e-5, atol=1e-6) for a in flat):
+            raise UserError(
+                f"parallel.cp={self.ranks}: the model counts positions by itself, which would start at 0 on every rank; let forward take "
+                f"{' or '.join(_POSITIONS)} [1, time] and use it, or write parallel.cp=1"
+            )
+        self.proven = True
+
+
+def apply(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cfg: Config) -> Context | None:
+    """Answer the attention of `model` over the cp axis, in place; None where it has one rank."""
+    if cfg.parallel.cp == 1:
+        return None
+    context = Context(model, mesh, cfg)
+    made: dict[type, type] = {}
+    for module in (model, *(block for _, block in units)):  # blocks too: recomputation runs them outside of the model's forward
+        cls = type(module)
+        made[cls] = made.get(cls) or type(cls.__name__, (_Answered, cls), {"_context": context, "__module__": cls.__module__})
+        module.__class__ = made[cls]
+    return context
+
+
+class _Answered(nn.Module):
+    _context: Context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Attention(self._context):
+            return super().forward(*args, **kwargs)
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self, context: Context):
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunction():
+                return self.context.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _changed(one: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Another value for one position, out of those that the input has."""
+    if one.is_floating_point():
+        return one + 1
+    others = whole[whole != one.flatten()[0]]
+    return torch.full_like(one, int(others[0])) if len(others) else torch.zeros_like(one)
+
+
+def _leaves(outputs: Any, length: int) -> list[torch.Tensor]:
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    for leaf in leaves:
+        if leaf.ndim < 2 or leaf.shape[1] != length:
+            raise UserError(
+                f"parallel.cp: an output of shape {tuple(leaf.shape)} has no sequence of {length} positions along dim 1, so it joins positions that are on "
+                "several ranks; write parallel.cp=1"
+            )
+    return leaves
