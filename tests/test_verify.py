@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from faults import models
 from faults.corpus import config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import paratrain
 from paratrain.config import DDP, LossScale, Precision, StdlibData, Verify
@@ -63,6 +64,23 @@ def test_functional_dropout_is_switched_off_and_nested_calls_keep_their_names():
     report = check(Functional, models.square_loss, models.vectors(), config(), 2)
     assert next(line.compared for line in report.lines if line.kind == "activation") == 2 * 3, "two calls of linear, and the model"
     assert not report.notes
+
+
+def test_dropout_functions_stay_off_in_recomputation():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def block(self, x):
+            y = self.linear(F.dropout(x, 0.3)).unsqueeze(1)
+            return F.scaled_dot_product_attention(y, y, y, dropout_p=0.2).squeeze(1)
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)[:, :3]
+
+    report = check(Attends, models.square_loss, models.vectors(), config(2), 2)
+    assert {line.kind: line.compared for line in report.lines}["dropout"]
 
 
 def test_tolerance_follows_the_precision_and_finds_small_errors_in_float64():

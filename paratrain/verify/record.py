@@ -323,37 +323,51 @@ def _nonfinite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-class NoDropout(TorchFunctionMode):
-    """Dropout that a model asks for by function, and not by module, passes its input on."""
+class _NoDropout(TorchFunctionMode):
+    """Dropout functions that a model holds under names of its own pass their input on."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUT:
-            return args[0] if args else kwargs["input"]
-        if func is nn.functional.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs |= {"dropout_p": 0.0} if len(args) <= 4 else {}
-        return func(*args, **kwargs)
+        return _WITHOUT_DROPOUT.get(func, func)(*args, **(kwargs or {}))
 
 
-_DROPOUT = {
-    getattr(owner, name)
-    for owner in (nn.functional, torch)
-    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout")
-    if hasattr(owner, name)
-}
+def _identity(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return input
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+):
+    return _sdpa(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+
+_sdpa = nn.functional.scaled_dot_product_attention
+_NAMES = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout")
+_FOUND = [(owner, name) for owner in (nn.functional, torch) for name in _NAMES if hasattr(owner, name)]
+_WITHOUT_DROPOUT: dict[Any, Any] = {getattr(owner, name): _identity for owner, name in _FOUND} | {_sdpa: _attention}
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switch every dropout of `model` off: modules for good, functions inside the context."""
+    """Switch every dropout of `model` off: modules for good, functions inside the context.
+
+    torch leaves function modes while backward runs, so for what is computed again there the functions themselves are replaced;
+    nobody else uses this process.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0
-    with NoDropout():
-        yield
+    places = [*_FOUND, (nn.functional, "scaled_dot_product_attention")]
+    originals = [getattr(owner, name) for owner, name in places]
+    try:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, _WITHOUT_DROPOUT[original])
+        with _NoDropout():
+            yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def _number(value: float) -> Tensor:
