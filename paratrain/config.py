@@ -476,6 +476,9 @@ class Trainer:
         "a step after the first that takes longer is a hang: stacks are written to hang/ and the process ends with code 76; null: wait",
     )
     max_stuck_restarts: int = key(3, "restarts by torchrun in a row that may begin at one step before the job gives up", minimum=1)
+    update_in_backward: bool = key(
+        False, "update each weight as soon as backward has its gradient, which is freed at once: for one micro-batch a step, and no clipping"
+    )
     log_every: int = key(10, "steps between log lines", minimum=1)
     eval_every: Time | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
     eval_batches: int | None = key(None, "global batches in an evaluation; null: all", minimum=1)
@@ -725,8 +728,28 @@ def _memory(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     if memory.activations == "offload" and memory.recompute in ("selective", "auto"):
         reason = f"offload, but memory.recompute={memory.recompute} keeps what is not forgotten on the device; write memory.recompute=full or none"
         yield Fault("memory.activations", reason), ("memory.recompute",)
+    if cfg.trainer.update_in_backward:
+        yield from _update_in_backward(cfg)
     if cfg.compile_fallback and cfg.compile is False:
         yield Fault("compile_fallback", "nothing is compiled; write compile=true, or leave it out"), ("compile",)
+
+
+def _update_in_backward(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+    """What has to see all gradients before the first weight changes."""
+    clips = [name for name in ("clip_norm", "clip_value", "clip_adaptive") if getattr(cfg.trainer, name) is not None]
+    axis = next((axis for axis in ("pp", "tp", "cp", "ep") if getattr(cfg.parallel, axis) > 1), None)
+    reasons = {
+        **{f"trainer.{name}": f"clips by all gradients together; write trainer.{name}=null" for name in clips},
+        "trainer.nonfinite": cfg.trainer.nonfinite != "raise" and f"{cfg.trainer.nonfinite} comes too late for the weights; write raise",
+        "precision.name": cfg.precision.name == "16-mixed" and "float16 skips steps whose gradients overflow; write precision=bf16",
+        "data.micro_batch_size": cfg.data.micro_batch_size == "auto" and "auto may need several micro-batches a step; write null",
+        "memory.offload": cfg.memory.offload == "params" and "params update on the host; write none or optimizer",
+        "strategy": isinstance(cfg.strategy, Foreign) and f"{cfg.strategy.name} updates the weights itself; write strategy=fsdp",
+        f"parallel.{axis}": axis is not None and f"reduces gradients after backward; write parallel.{axis}=1",
+    }
+    for name, reason in reasons.items():
+        if reason:
+            yield Fault("trainer.update_in_backward", f"{name} {reason}, or trainer.update_in_backward=false"), (name,)
 
 
 def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:

@@ -32,6 +32,7 @@ from paratrain.mesh import Mesh
 from paratrain.micro_batch import AutoMicroBatch
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
+from paratrain.optim.in_backward import UpdateInBackward
 from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
@@ -136,6 +137,7 @@ class Engine:
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
+        self._in_backward = UpdateInBackward(optimizers) if cfg.trainer.update_in_backward else None
         size = cfg.data.micro_batch_size
         self.micro_batch_size: int | None = 1 if size == "auto" else size
         self._auto = AutoMicroBatch(self._rehearse, self._largest_of_data_ranks, self._none_fits) if size == "auto" else None
@@ -180,6 +182,9 @@ class Engine:
             if self._layout.pipeline is not None:
                 self._train_stages(self._layout.pipeline, micro)
                 return self.step()
+            if self._in_backward is not None:
+                self._update_in_backward(self._in_backward, micro)
+                return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self.mesh.weights.get_local_rank())
                 with self.no_sync() if number + 1 < len(micro) else _nothing():
@@ -221,6 +226,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor | tuple[torch.Tensor, Any], count: float = 1) -> None:
         """Backward of one micro-batch: a (sum, count), or a mean over `count`. `step` divides by the count over all of them."""
+        if self._in_backward is not None:
+            raise UserError("backward() under trainer.update_in_backward=true, which needs the count of all ranks first; call engine.train_step()")
         total, count = as_sum_and_count(loss, count)
         self._backward(total, count)
 
@@ -523,6 +530,25 @@ class Engine:
         count = float(self._sum_over_ranks(self._window, over=self.mesh.weights)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
 
+    def _update_in_backward(self, updates: UpdateInBackward, micro: list[tuple[Any, Any, int]]) -> None:
+        """Forward, the count over all ranks, and a backward from the mean, whose gradients are final as they come."""
+        if len(micro) > 1:
+            raise UserError(
+                f"trainer.update_in_backward=true: a step has {len(micro)} micro-batches, and the first would change the weights of the next; "
+                "write data.micro_batch_size=null, a smaller data.global_batch, or trainer.update_in_backward=false"
+            )
+        (inputs, targets, real), *_ = micro
+        rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self.mesh.weights.get_local_rank())
+        total, count = self._loss(self._layout.run, inputs, targets, real)
+        self._window = self._add((0.0, 0.0), total, count)
+        totals = self._sum_over_ranks((*self._window, *self._votes))
+        self._layout.backward(total * (self._layout.average / _at_least(totals[1], _TINY)))
+        self._layout.reduce(self._params)
+        if self._layout.used is not None:
+            self._layout.used.clear()
+        rest = [param.grad for param in self._params if param.grad is not None]
+        self._reduced = totals, self._scalar(updates.norm(rest, self.device))
+
     def _rehearse(self, share: LocalBatch, size: int) -> bool:
         """Whether forward and backward of micro-batches of `size` samples fit in this rank's memory; afterwards all is as it was."""
         micro = batches.split(share, size)[:2]  # one that accumulates and one that reduces
@@ -638,8 +664,9 @@ class Engine:
         if math.isfinite(norm) and (math.isfinite(loss) or not result.count):
             return
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        weights = "have been updated with it" if self._in_backward is not None else "are those before this step"
         error = NonFiniteError(
-            f"step {self.global_step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights are those before this step. "
+            f"step {self.global_step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights {weights}. "
             "Lower optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
         )
         error.step = self.global_step - (0 if self.device.type == "cpu" else 1)

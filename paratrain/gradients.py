@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,20 @@ def total_norm(grads: Sequence[torch.Tensor], device: torch.device) -> torch.Ten
         return nn.utils.get_total_norm(grads).double()
     groups: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
-        groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else ()].append(grad)
+        groups[layout_of(grad)].append(grad)
+    return combined({layout: nn.utils.get_total_norm(local(members)).double().square() for layout, members in groups.items()}, device)
+
+
+def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tensors have in common whose parts are on the same ranks: (mesh, placements), or ()."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+
+
+def combined(squares: Mapping[tuple[Any, ...], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The norm over all ranks from the sum of squares that this rank holds of each layout, see `layout_of`."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for layout, members in groups.items():
-        square = nn.utils.get_total_norm(local(members)).to(device, torch.float64).square()
+    for layout, own in squares.items():
+        square = own.to(device, torch.float64, copy=True)
         if layout:
             mesh, placements = layout
             assert not any(placement.is_partial() for placement in placements), "a gradient that is not reduced"

@@ -61,6 +61,8 @@ def verify(
             "here model_fn decides: let it build fewer layers"
         )
     cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, device="cpu"))
+    if cfg.data.micro_batch_size == "auto":  # what fits here says nothing
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, micro_batch_size=None))
     if options.dtype == "float64":
         cfg = run.exact(cfg)
     ranks = options.ranks if ranks is None else ranks
