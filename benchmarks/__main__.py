@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ["import_time", "overhead", "recovery", "exactness"]
+NAMES = ["import_time", "overhead", "recovery", "exactness", "sharding"]
 
 for name in sys.argv[1:] or NAMES:
     print(f"--- {name}")

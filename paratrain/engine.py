@@ -556,16 +556,13 @@ class Engine:
         fits = True
         with rng.preserved(self.device), self._layout.rehearsal():
             try:
-                for number, (inputs, targets, real) in enumerate(micro):
+                for number, part in enumerate(micro):
                     with self.no_sync() if number + 1 < len(micro) else _nothing():
-                        total, _ = self._loss(self._layout.run, inputs, targets, real)
-                        if total.requires_grad:
-                            self._layout.backward(total)
+                        self._rehearse_one(*part)
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
                 fits = False
-        total = None
         for param in self.model.parameters():
             param.grad = None
         if self._layout.used is not None:
@@ -575,6 +572,11 @@ class Engine:
         if not fits and self.device.type == "cuda":
             torch.cuda.empty_cache()
         return fits
+
+    def _rehearse_one(self, inputs: Any, targets: Any, real: int) -> None:
+        total, _ = self._loss(self._layout.run, inputs, targets, real)
+        if total.requires_grad:
+            self._layout.backward(total)
 
     def _largest_of_data_ranks(self, value: float) -> float:
         if self._data_ranks == 1:
