@@ -69,9 +69,10 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     _refuse_sparse_gradients(model)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
+    plan = tensor.planned(model, mesh, cfg)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
     units = stages.units if stages else units
-    placed = tensor.place(model, mesh, cfg)
+    placed = tensor.place(model, mesh, cfg, plan)
     sequences = context.apply(model, units, mesh, cfg)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)

@@ -36,7 +36,7 @@ def synchronise(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
     """Make every BatchNorm of `model` use the statistics of all data ranks, in place; parameter names stay."""
     if cfg.trainer.batch_norm == "local":
         return
-    group = mesh.data.get_group()
+    group = mesh.weights.get_group()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, _BatchNorm) or isinstance(child, nn.SyncBatchNorm):

@@ -26,7 +26,7 @@ from paratrain.mesh import Mesh
 from paratrain.parallel import pipeline_schedule
 from paratrain.parallel.pipeline_deferred import defer
 from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
-from paratrain.parallel.pipeline_split import Split, drop, split
+from paratrain.parallel.pipeline_split import Stages, drop, split
 
 _BUCKET = 32 << 20  # bytes of gradients reduced at once
 
@@ -43,7 +43,7 @@ class Cut:
         units: the blocks that this rank holds.
     """
 
-    split: Split
+    split: Stages
     planned: pipeline_schedule.Plan
     holders: dict[str, tuple[int, ...]]
     state: dict[str, tuple[torch.Size, torch.dtype]]
@@ -131,7 +131,7 @@ def _balanced(costs: list[float], stages: int) -> list[int]:
 
 def _holders(
     model: nn.Module,
-    ready: Split,
+    ready: Stages,
     units: Sequence[tuple[str, nn.Module]],
     positions: dict[str, int],
     place: dict[str, Any],

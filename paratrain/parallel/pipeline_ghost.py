@@ -34,7 +34,7 @@ class Ghost(torch.Tensor):
         ghost.meta, ghost.origin = meta, origin
         return ghost
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype}, hangs on {self.origin})"
 
     @classmethod

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_deferred import Deferred
 from paratrain.parallel.pipeline_schedule import Action
-from paratrain.parallel.pipeline_split import Crossing, Split
+from paratrain.parallel.pipeline_split import Crossing, Stages
 
 Call = Callable[[nn.Module], Any]  # calls a module with the inputs of a micro-batch
 
@@ -114,7 +114,7 @@ class Pass:
 
     def __init__(
         self,
-        split: Split,
+        split: Stages,
         wire: Wire,
         rank_of: Sequence[int],
         calls: Sequence[Call],

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_ghost import Ghost, NeedsValues, ghost
+from paratrain.parallel.tp_split import Split, gather
 
 
 class Slot(NamedTuple):
@@ -50,7 +51,7 @@ class Crossing(NamedTuple):
 
 
 @dataclass
-class Split:
+class Stages:
     """A module cut into stages.
 
     Attributes:
@@ -132,7 +133,7 @@ class Split:
 class Visit:
     """One forward of one stage."""
 
-    def __init__(self, split: Split, stage: int, route: list[Crossing], values: dict[Slot, torch.Tensor]):
+    def __init__(self, split: Stages, stage: int, route: list[Crossing], values: dict[Slot, torch.Tensor]):
         self.split, self.stage, self.values = split, stage, values
         self.first = split.firsts[stage]
         self.last = (*split.firsts, len(split.names))[stage + 1]
@@ -229,7 +230,7 @@ class Visit:
         if value is None or isinstance(value, Ghost):
             origin = value.origin if value is not None else "a weight"
             raise self.misplaced(origin)
-        return value
+        return gather(value) if isinstance(value, Split) else value  # messages hold whole tensors
 
     def misplaced(self, origin: str) -> UserError:
         return UserError(
@@ -265,7 +266,7 @@ class _Watch(TorchFunctionMode):
 class _Trace:
     """The forward of the twin, all ghosts, with where each is made and used."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Stages):
         self.split = split
         self.position = self.event = self.inside = 0
         self.made: dict[int, tuple[Ghost, Slot]] = {}
@@ -336,7 +337,7 @@ class _Trace:
         return [Crossing(slot, made, used) for slot, made, used in stages if made < used]
 
 
-def _in_order(split: Split, index: int, position: int) -> None:
+def _in_order(split: Stages, index: int, position: int) -> None:
     if index != position:
         expected = split.names[position] if position < len(split.names) else "none"
         raise UserError(
@@ -371,14 +372,14 @@ def _at(model: nn.Module, name: str) -> nn.Module:
 # ---------------------------------------------------------------------- cutting
 
 
-def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.device) -> Split:
+def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.device) -> Stages:
     """Prepare `model` to be run stage by stage; nothing of it is dropped yet (see `drop`).
 
     Raises:
         UserError: the module cannot be copied.
     """
     twin = _twin(model, device)
-    cut = Split(model, names, firsts, twin)
+    cut = Stages(model, names, firsts, twin)
     cut.blocks = {_at(model, name): index for index, name in enumerate(names)}
     inside = {module for block in cut.blocks for module in block.modules()}
     for name, module in list(model.named_modules()):
@@ -441,13 +442,13 @@ def _beside_weights(model: nn.Module, name: str) -> bool:
     return any(param is not None for param in _at(model, name.rpartition(".")[0])._parameters.values())
 
 
-def _stage_class(module: nn.Module, kind: type, cut: Split) -> None:
+def _stage_class(module: nn.Module, kind: type, cut: Stages) -> None:
     cls = type(module)
     module.__class__ = type(cls.__name__, (kind, cls), {"_split": cut, "__module__": cls.__module__})
 
 
 class _Block(nn.Module):
-    _split: Split
+    _split: Stages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         visit = self._split.visit
@@ -457,7 +458,7 @@ class _Block(nn.Module):
 
 
 class _Loose(nn.Module):
-    _split: Split
+    _split: Stages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         visit = self._split.visit
@@ -467,7 +468,7 @@ class _Loose(nn.Module):
 
 
 class _Root(nn.Module):
-    _split: Split
+    _split: Stages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._split.visit is None and self._split.alone is not None:

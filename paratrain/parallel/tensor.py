@@ -79,24 +79,33 @@ class Placed:
                 param.to_local().copy_(self.kept(name, param.detach()).to_local())
 
 
-def place(model: nn.Module, mesh: Mesh, cfg: Config) -> Placed:
+def planned(model: nn.Module, mesh: Mesh, cfg: Config) -> Plan | None:
+    """The plan for the whole of `model`, made before stages of a pipeline divide it; None without tensor parallelism."""
+    axis = mesh.root["tp"]
+    if axis.size() == 1:
+        return None
+    shardable_attention(model)
+    return make(model, cfg, Peers(axis.get_group(), axis.get_local_rank(), axis.size(), cfg.parallel.sp))
+
+
+def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None) -> Placed:
     """Split the parameters of `model`, which are on meta, over `mesh.root["tp"]`, in place; names stay, and what was shared is.
+
+    Args:
+        plan: from `planned`; it may name parameters that other stages hold.
 
     Raises:
         UserError: a plan that does not fit the model, or none can be found.
     """
-    axis = mesh.root["tp"]
-    if axis.size() == 1:
+    if plan is None:
         return Placed()
-    group = axis.get_group()
-    peers = Peers(group, axis.get_local_rank(), axis.size(), cfg.parallel.sp)
-    shardable_attention(model)
-    plan = make(model, cfg, peers)
-    peers = Peers(group, peers.rank, peers.size, cfg.parallel.sp, _on_gather(plan))
+    axis = mesh.root["tp"]
+    peers = Peers(axis.get_group(), axis.get_local_rank(), axis.size(), cfg.parallel.sp, _on_gather(plan))
     if rank() == 0:
         log.info("tensor parallel plan (%s):\n  %s", plan.source, "\n  ".join(plan.lines()))
     params = dict(model.named_parameters(remove_duplicate=False))
-    split = {id(params[name]): placement for name, placement in plan.placements.items()}  # by identity: tied weights are split alike
+    # by identity: tied weights are split alike
+    split = {id(params[name]): placement for name, placement in plan.placements.items() if name in params}
     orders: dict[str, tuple[int, Tensor]] = {}
     made: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):  # `params` keeps what is replaced alive, so that no id comes twice
