@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from paratrain.api import setup
     from paratrain.callbacks import Callback
     from paratrain.config import Config
-    from paratrain.engine import Engine, StepResult
+    from paratrain.engine import Engine
     from paratrain.errors import ConfigError, UserError
     from paratrain.loss import cross_entropy
+    from paratrain.result import StepResult
     from paratrain.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "Engine": "engine",
-    "StepResult": "engine",
+    "StepResult": "result",
     "Trainer": "trainer",
     "UserError": "errors",
     "cross_entropy": "loss",

@@ -12,7 +12,7 @@ from paratrain.errors import UserError
 from paratrain.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from paratrain.engine import StepResult
+    from paratrain.result import StepResult
     from paratrain.trainer import Trainer
 
 

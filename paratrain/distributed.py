@@ -7,6 +7,7 @@ and scopes every key by it.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import signal
@@ -153,6 +154,13 @@ def init(device: torch.device, timeout: timedelta) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=timeout,
     )
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Give up the process group before the interpreter goes: its threads must not outlive what they use."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def die_with_launcher() -> None:

@@ -37,6 +37,7 @@ from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler
+from paratrain.result import Scalar, StepResult, on_device
 
 
 class NonFiniteError(UserError):
@@ -47,55 +48,6 @@ class NonFiniteError(UserError):
     """
 
     step = 0
-
-
-Scalar = float | torch.Tensor  # a float where nothing has to be waited for (CPU), a 0-dim float64 tensor on a device that runs behind
-
-
-class StepResult:
-    """What a step was, equal on every rank. Reading an attribute waits for the device; holding the result does not.
-
-    Attributes:
-        loss: mean over `count`.
-        count: what the loss is a mean over (tokens, samples), summed over micro-batches and ranks.
-        grad_norm: norm of the gradient of `loss` before clipping; NaN in evaluation.
-        lr: learning rate of the first parameter group in this step.
-        loss_scale: loss scale of this step.
-        skipped: whether the update was skipped because float16 gradients overflowed.
-        votes: sums over all ranks of the numbers given to `train_step`.
-    """
-
-    __slots__ = ("_norm", "_totals", "loss_scale", "lr", "skipped")
-
-    def __init__(self, totals: list[Scalar], norm: Scalar, lr: float, loss_scale: float, skipped: bool):
-        self._totals, self._norm = totals, norm
-        self.lr, self.loss_scale, self.skipped = lr, loss_scale, skipped
-
-    @property
-    def loss(self) -> float:
-        total, count = float(self._totals[0]), float(self._totals[1])
-        return total / count if count else math.nan
-
-    @property
-    def count(self) -> int | float:
-        count = float(self._totals[1])
-        return int(count) if count.is_integer() else count
-
-    @property
-    def device_count(self) -> Scalar:
-        """`count`, without waiting for the device."""
-        return self._totals[1]
-
-    @property
-    def grad_norm(self) -> float:
-        return float(self._norm)
-
-    @property
-    def votes(self) -> list[float]:
-        return [float(vote) for vote in self._totals[2:]]
-
-    def __repr__(self) -> str:
-        return f"StepResult(loss={self.loss:.6g}, grad_norm={self.grad_norm:.6g}, count={self.count}, lr={self.lr:.4g}, skipped={self.skipped})"
 
 
 class Engine:
@@ -271,7 +223,7 @@ class Engine:
         assert self._reduced is not None
         totals, norm = self._reduced
         tolerant = self.cfg.trainer.nonfinite != "raise"
-        skipped = (tolerant or self.scaler.enabled) and not math.isfinite(float(norm)) or (tolerant and not math.isfinite(float(totals[0])))
+        skipped = ((tolerant or self.scaler.enabled) and not math.isfinite(float(norm))) or (tolerant and not math.isfinite(float(totals[0])))
         result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
         if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
@@ -332,7 +284,8 @@ class Engine:
         from paratrain import checkpoint
 
         averages = self.ema.tensors() if self.ema else {}
-        return self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names()) | averages
+        tensors = self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names()) | averages
+        return self._layout.placed.to_save(tensors)
 
     def prepare(self, saved: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
         """The tensors for a checkpoint to fill, and what to call then.
@@ -348,12 +301,15 @@ class Engine:
         states, finish_states = checkpoint.prepare_optimizer(self.optimizers, self._names(), saved)
         averages = {name: average for name, average in self.ema.tensors().items() if name in saved} if self.ema else {}
 
+        to_fill, keep = self._layout.placed.to_fill(self._model_tensors() | states | averages)
+
         def finish() -> None:
+            keep()
             finish_states()
             if self.ema:
                 self.ema.restart(but=averages)
 
-        return self._model_tensors() | states | averages, finish
+        return to_fill, finish
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
         return {f"model/{name}": value for name, value in self.model.state_dict().items()}
@@ -602,7 +558,7 @@ class Engine:
     def _scalar(self, value: torch.Tensor | float) -> Scalar:
         if self.device.type == "cpu":
             return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-        return value.detach().double() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=self.device)
+        return on_device(value, self.device)
 
     def _add(self, window: tuple[Scalar, Scalar], total: torch.Tensor, count: Any) -> tuple[Scalar, Scalar]:
         return window[0] + self._scalar(total), window[1] + self._scalar(count)
@@ -638,7 +594,7 @@ class Engine:
         return totals
 
     def _vector(self, values: Sequence[Scalar]) -> torch.Tensor:
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        return torch.stack([on_device(value, self.device) for value in values])
 
     def _scalars(self, vector: torch.Tensor) -> list[Scalar]:
         return vector.tolist() if self.device.type == "cpu" else list(vector)

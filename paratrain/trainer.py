@@ -22,7 +22,7 @@ from paratrain.batch import LocalBatch
 from paratrain.checkpoint import lock
 from paratrain.checkpoint.saver import Saver
 from paratrain.config import Config
-from paratrain.engine import Engine, NonFiniteError, StepResult
+from paratrain.engine import Engine, NonFiniteError
 from paratrain.errors import UserError
 from paratrain.faults import batches as bad_batches
 from paratrain.faults import memory, restarts, signals
@@ -31,6 +31,7 @@ from paratrain.goodput import Goodput, since_process_start
 from paratrain.loss import Loss
 from paratrain.metrics import flops, sinks
 from paratrain.metrics.meter import Meter, device_peak
+from paratrain.result import StepResult
 from paratrain.schema import to_dict
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,7 @@ class Trainer:
             engine.device,
             flops.count(engine.blueprint or engine.model, batch.inputs),
             device_peak(engine.device, cfg.precision.name, cfg.logger.peak_tflops),
+            recomputed={"none": 0.0, "full": 1.0 / cfg.memory.recompute_every}.get(cfg.memory.recompute),
         )
 
     def _log(self, outputs: list[sinks.Sink], result: StepResult, meter: Meter) -> dict[str, float]:

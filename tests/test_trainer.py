@@ -93,7 +93,7 @@ def crash(cfg: Config, step: int):
         fit(cfg, [Stop(step, "crash")])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_crash_and_resume_is_bit_exact(ranks, tmp_path):
     """Dropout on, mid-epoch, with ragged last batches, cosine schedule and clipping: not one bit differs."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

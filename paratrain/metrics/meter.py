@@ -30,7 +30,8 @@ class Meter:
         device: this rank's device, for the memory peak.
         flops: of a sample (see `flops.count`); None reports no FLOP/s.
         peak: of one device in FLOP/s; None reports no utilisation.
-        recomputed: fraction of the forward pass that runs again in the backward: 1.0 under full activation checkpointing.
+        recomputed: fraction of the forward pass that runs again in the backward: 1.0 under full activation checkpointing; None where
+            it is not known, which reports no HFU.
         clock: monotonic seconds.
     """
 
@@ -40,7 +41,7 @@ class Meter:
         device: torch.device,
         flops: Flops | None = None,
         peak: float | None = None,
-        recomputed: float = 0.0,
+        recomputed: float | None = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.world_size, self.device, self.flops, self.peak, self.recomputed = world_size, device, flops, peak, recomputed
@@ -107,7 +108,8 @@ class Meter:
             if self.peak:
                 metrics["throughput/device/mfu"] = self.flops.full * rate / self.peak
                 metrics["throughput/device/mfu_causal"] = self.flops.causal * rate / self.peak
-                metrics["throughput/device/hfu"] = self.flops.hardware(self.recomputed) * rate / self.peak
+                if self.recomputed is not None:
+                    metrics["throughput/device/hfu"] = self.flops.hardware(self.recomputed) * rate / self.peak
         metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
         return metrics
 

@@ -41,7 +41,7 @@ def synchronise(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
         for name, child in list(parent.named_children()):
             if not isinstance(child, _BatchNorm) or isinstance(child, nn.SyncBatchNorm):
                 continue
-            if next(model.parameters()).is_cuda:
+            if mesh.root.device_type == "cuda":  # the weights themselves may still be on the host, or on meta
                 setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child, group))
             else:
                 child.__class__ = type(f"Synchronised{type(child).__name__}", (_Synchronised, type(child)), {"group": group})
@@ -72,7 +72,7 @@ class _Synchronised(_BatchNorm):
         dims = [dim for dim in range(input.ndim) if dim != 1]
         shape = [1, -1] + [1] * (input.ndim - 2)
         wide = input if input.dtype is torch.float64 else input.float()
-        count = self._total(torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype))
+        count = self._total(torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype, device=wide.device))
         mean = self._total(wide.sum(dims)) / count
         centred = wide - mean.view(shape)
         var = self._total(centred.square().sum(dims)) / count
@@ -87,7 +87,9 @@ class _Synchronised(_BatchNorm):
         return _SumOverRanks.apply(local, self.group)
 
     def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

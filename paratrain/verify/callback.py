@@ -13,7 +13,8 @@ from paratrain.callbacks import Callback
 from paratrain.errors import UserError
 
 if TYPE_CHECKING:
-    from paratrain.engine import Engine, StepResult
+    from paratrain.engine import Engine
+    from paratrain.result import StepResult
     from paratrain.trainer import Trainer
 
 _CHUNK = 1 << 22

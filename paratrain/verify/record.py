@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 from paratrain import batch as batches
 from paratrain.batch import LocalBatch
 from paratrain.checkpoint.state import PREFIX, optimizer_tensors
-from paratrain.engine import Engine, StepResult
+from paratrain.config import Foreign
+from paratrain.engine import Engine
+from paratrain.result import StepResult
 from paratrain.verify.sketch import SAMPLE_WIDTH, sketch, whole
 
 
@@ -95,6 +97,8 @@ class Recorder:
     def __init__(self, engine: Engine, zoom: frozenset[Key] = frozenset(), randomness: bool = False):
         self.engine, self.zoom, self.randomness = engine, zoom, randomness
         self.trace = Trace(place=_place(engine))
+        if isinstance(engine.cfg.strategy, Foreign):
+            self.trace.extra["hidden"] = ("gradient", "clipped gradient")  # a rank has some of them, or none
         self.micro = -1
         self.sizes: list[tuple[int, int]] = []  # (samples, those that count) of each micro-batch
         self.calls: Counter[str] = Counter()
@@ -142,7 +146,7 @@ class Recorder:
     def state(self, step: int, initial: bool = False) -> None:
         """Weights, buffers and optimizer state as they are now."""
         model = self.engine.model
-        for name, param in model.named_parameters(remove_duplicate=False):
+        for name, param in weights(self.engine).items():
             self.add(Key(step, "initial weight" if initial else "weight", name), param)
         for name, buffer in model.named_buffers():
             self.add(Key(step, "initial buffer" if initial else "buffer", name), buffer)
@@ -289,8 +293,19 @@ def tensor_digest(tensor: Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(data.numpy().data) if data.numel() else ""
 
 
+def weights(engine: Engine) -> dict[str, Tensor]:
+    """Every parameter by name; what an engine of another package keeps in pieces of its own is gathered. Collective."""
+    names = [name for name, _ in engine.model.named_parameters(remove_duplicate=False)]
+    if isinstance(engine.cfg.strategy, Foreign):
+        kept = engine.tensors()
+        return {name: kept[f"model/{name}"] for name in names}
+    return dict(engine.model.named_parameters(remove_duplicate=False))
+
+
 def optimizer_states(engine: Engine) -> dict[str, Tensor]:
-    """Every state of every optimizer as <parameter>/<key>."""
+    """Every state of every optimizer as <parameter>/<key>. Collective."""
+    if isinstance(engine.cfg.strategy, Foreign):
+        return {name.removeprefix(PREFIX): value for name, value in engine.tensors().items() if name.startswith(PREFIX)}
     names: dict[Tensor, str] = {param: name for name, param in engine.model.named_parameters()}
     return {name.removeprefix(PREFIX): value for name, value in optimizer_tensors(engine.optimizers, names).items()}
 
@@ -298,7 +313,7 @@ def optimizer_states(engine: Engine) -> dict[str, Tensor]:
 def state_of(engine: Engine) -> dict[Key, Tensor]:
     """Every weight, buffer and optimizer state as it is now; the step is that which comes next."""
     step = engine.global_step
-    found: dict[Key, Tensor] = {Key(step, "weight", name): value for name, value in engine.model.named_parameters()}
+    found: dict[Key, Tensor] = {Key(step, "weight", name): value for name, value in weights(engine).items()}
     found |= {Key(step, "buffer", name): value for name, value in engine.model.named_buffers()}
     return found | {Key(step, "optimizer state", name): value for name, value in optimizer_states(engine).items()}
 
