@@ -164,5 +164,5 @@ def test_shapes_that_do_not_divide():
 
     with pytest.raises(RuntimeError, match="pad or cut them to a multiple of 4"):
         run(body, 2, "ring", 6)
-    with pytest.raises(RuntimeError, match="context.method=ring or all_gather"):
+    with pytest.raises(RuntimeError, match=r"context.method=ring or all_gather"):
         run(body, 2, "all_to_all", 8, lambda: GPT(VOCAB, 8, layers=1, dim=18, heads=3, ffn=24))
