@@ -50,9 +50,9 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
     elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else ()
+    optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)
-    optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)
     if cfg.trainer.update_in_backward and isinstance(laid_out.run, DistributedDataParallel):
