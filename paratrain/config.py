@@ -678,6 +678,9 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         yield Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"), ("parallel.tp",)
     if parallel.tp > 1 and isinstance(strategy, Single):
         yield Fault("parallel.tp", f"{parallel.tp}, but strategy=single is one process; write strategy=ddp"), ("strategy",)
+    if parallel.tp > 1 and isinstance(strategy, DDP) and (strategy.comm_hook != "none" or strategy.static_graph):
+        option = "comm_hook" if strategy.comm_hook != "none" else "static_graph"
+        yield Fault(f"strategy.{option}", "belongs to DistributedDataParallel, which does not know split weights; leave it out"), ("parallel.tp",)
     if parallel.tp > 1 and cfg.compile is not False:
         yield Fault("compile", "blocks that are split over ranks cannot be compiled yet; write compile=false or parallel.tp=1"), ("parallel.tp",)
     for axis in ("dp_replicate", "dp_shard"):

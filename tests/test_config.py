@@ -66,7 +66,7 @@ def test_values_are_converted_only_where_nothing_is_lost(section, key, given, st
         ({"optimizer": {"groups": [{"lr": 1}]}}, "optimizer.groups.0.match: required: write optimizer.groups.0.match=..."),
         ({"callbacks": {"mine": {"x": 1}}}, "callbacks.mine._target_: required: the dotted path"),
         ({"model": {"_target_": "a.B", "dim": "???"}}, "model.dim: required: write model.dim=..."),
-        ({"parallel": {"tp": 2}}, "parallel.tp: 2 is not built yet in this version of paratrain; write parallel.tp=1"),
+        ({"parallel": {"sp": True}}, "parallel.sp: is read under tensor parallelism only; write parallel.tp=2"),
         ({"parallel": {"dp_replicate": 0}}, "parallel.dp_replicate: 0 ranks cannot train"),
         ({"parallel": {"dp_shard": 2}}, "parallel.dp_shard: 2, but strategy=ddp shards nothing"),
         ({"strategy": {"name": "single"}, "parallel": {"dp_replicate": 2}}, "parallel.dp_replicate: 2, but strategy=single is one process"),
@@ -138,10 +138,10 @@ def test_imported_targets_are_checked_with_their_arguments():
 
 def test_a_configuration_built_in_python_is_checked_alike():
     assert check(Config(optimizer=config.Optimizer(lr=1, args={"betas": [0.8, 0.9]}))).optimizer.lr == 1.0
-    faulty = Config(trainer=config.Trainer(log_every=0, max_steps="many"), parallel=config.Parallel(pp=2))
+    faulty = Config(trainer=config.Trainer(log_every=0, max_steps="many"), parallel=config.Parallel(sp=True))
     with pytest.raises(ConfigError, match=r"3 problems") as caught:
         check(faulty)
-    assert [line.split(":")[0] for line in caught.value.problems] == ["trainer.max_steps", "trainer.log_every", "parallel.pp"]
+    assert [line.split(":")[0] for line in caught.value.problems] == ["trainer.max_steps", "trainer.log_every", "parallel.sp"]
 
 
 def test_to_dict_and_from_dict_are_inverse():

@@ -22,7 +22,7 @@ from paratrain.config import Config
 from paratrain.distributed import rank
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import tp_products, tp_rules  # noqa: F401 - the rules register themselves
+from paratrain.parallel import tp_products, tp_shapes  # noqa: F401 - the rules register themselves
 from paratrain.parallel.tp_attention import shardable_attention
 from paratrain.parallel.tp_plan import Placement, Plan, make
 from paratrain.parallel.tp_split import Peers, Split, order
@@ -52,9 +52,10 @@ class Placed:
         return self._reorder(name, tensor, lambda index: index)
 
     def _reorder(self, name: str, tensor: Any, index: Callable[[Tensor], Tensor]) -> Any:
-        dim, how = self.orders.get(name, (0, None))
-        if how is None or tensor.ndim <= dim or tensor.shape[dim] != len(how):
+        found = self._order(name, tensor)
+        if found is None:
             return tensor
+        dim, how = found
         whole = gradients.whole(tensor.detach())
         whole = whole.index_select(dim, index(how).to(whole.device))
         if not isinstance(tensor, DTensor):
@@ -69,6 +70,31 @@ class Placed:
             shape=tensor.shape,
             stride=tensor.stride(),
         )
+
+    def to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of a checkpoint in the user's order. Every rank must call it."""
+        return {key: self.natural(self._parameter(key), tensor) for key, tensor in tensors.items()}
+
+    def to_fill(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """What a checkpoint in the user's order is read into, and what every rank calls then to keep it."""
+        moved = {key: tensor for key, tensor in tensors.items() if self._order(self._parameter(key), tensor) is not None}
+        fresh = {key: torch.empty_like(tensor) for key, tensor in moved.items()}
+
+        @torch.no_grad()
+        def keep() -> None:
+            for key, tensor in moved.items():
+                tensor.detach().copy_(self.kept(self._parameter(key), fresh[key]))
+
+        return tensors | fresh, keep
+
+    def _parameter(self, key: str) -> str:
+        """The parameter that an entry model/<name>, optimizer/<name>/<state> or ema/<name> is about."""
+        kind, _, name = key.partition("/")
+        return name.rpartition("/")[0] if kind == "optimizer" else name
+
+    def _order(self, name: str, tensor: Any) -> tuple[int, Tensor] | None:
+        dim, order = self.orders.get(name, (0, None))
+        return None if order is None or tensor.ndim <= dim or tensor.shape[dim] != len(order) else (dim, order)
 
     @torch.no_grad()
     def keep(self, model: nn.Module) -> None:
@@ -125,7 +151,7 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None) -> Place
             setattr(module, leaf, made[id(param)])
         if any(True for _ in module._parameters.values()):
             module.__dict__["_tensor_parallel"] = (peers, how, path)
-            module.__class__ = _reading_parts(type(module))
+            module.__class__ = _reading_parts(type(module))  # type: ignore[arg-type]
     return Placed(plan, orders)
 
 
@@ -153,7 +179,7 @@ def _on_gather(plan: Plan) -> Callable[[str, list[Split], str], None]:
     told: set[tuple] = set()
 
     def gathered(operation: str, splits: list[Split], reason: str) -> None:
-        if operation == "fused":
+        if operation in ("fused", "scatter"):
             return
         names = ", ".join(sorted(frozenset().union(*(split.sources for split in splits)))) or "the sequence"
         if (operation, names) in told:
@@ -175,9 +201,9 @@ class _ReadingParts(nn.Module):
         if isinstance(value, DTensor):
             peers, how, path = self.__dict__["_tensor_parallel"]
             if value.device_mesh.ndim == 1 and value.device_mesh.size() == peers.size:
-                local = value.to_local()
-                placement = how.get(name)
-                return local if placement is None else Split(local, *placement, peers, frozenset({f"{path}.{name}" if path else name}))
+                local, placement = value.to_local(), how.get(name)
+                name = f"{path}.{name}" if path else name
+                return local if placement is None else Split(local, placement.dim, placement.parts, peers, frozenset({name}))
         return value
 
 

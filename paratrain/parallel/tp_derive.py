@@ -40,7 +40,7 @@ def derive(model: nn.Module, peers: Peers) -> Plan:
     for _ in range(_MOST_RUNS):
         search.decided.clear()
         try:
-            with rng.preserved(torch.device("cpu")), torch.no_grad(), search:
+            with rng.preserved(torch.device("cpu")), torch.enable_grad(), search:
                 outputs = _call(twin, inputs)
             search.finish(outputs)
         except _Again:
@@ -66,6 +66,7 @@ class _Search(TorchFunctionMode):
         self.whole: dict[str, str] = {}  # pattern -> why
         self.fused: dict[str, Parts] = {}
         self.decided: dict[int, Placement] = {}
+        self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # id of a transposed matrix -> itself, kept alive, and the matrix
         self.tied = {id(param) for param in self.params.values() if len(self.names[id(param)]) > 1}
 
     def placements(self) -> dict[str, Placement]:
@@ -87,8 +88,15 @@ class _Search(TorchFunctionMode):
             args[1] = self._matrix(args[0], args[1], 0, 1, args[2] if len(args) > 2 else kwargs.get("bias"))
         elif name == "addmm" and len(args) == 3:
             args[2] = self._matrix(args[1], args[2], 1, 0, args[0])
+        elif name in ("matmul", "__matmul__", "mm") and id(args[1]) in self.turned:
+            args[1] = self._matrix(args[0], self.turned[id(args[1])][1], 0, 1).T
         elif name in ("matmul", "__matmul__", "mm") and args[1].ndim == 2:
             args[1] = self._matrix(args[0], args[1], 1, 0)
+        elif name in ("t", "transpose", "__get__") and id(args[0]) in self.names and args[0].ndim == 2:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
+                self.turned[id(result)] = result, args[0]
+            return result
         elif name == "embedding" and len(args) >= 2 and not isinstance(args[0], Split):
             args[1] = self._table(args[1])
         elif name in ("chunk", "split") and id(args[0]) in self.names and args[0].ndim == 2:
@@ -148,11 +156,11 @@ class _Search(TorchFunctionMode):
         sources = frozenset().union(*(split.sources for split in splits))
         if operation == "fused":
             source, parts = min(sources), tuple(int(size) for size in re.findall(r"\d+", reason))
-            if len(sources) == 1 and pattern(source) not in self.fused and self.peers.divides(parts):
+            if len(sources) == 1 and len(parts) > len(self.fused.get(pattern(source), ())) and self.peers.divides(parts):
                 self.fused[pattern(source)] = parts
                 raise _Again
         elif sources:
-            self._keep_whole(sources, f"{operation}: {reason}")
+            self._keep_whole(sources, reason if operation == "scatter" else f"{operation}: {reason}")
 
 
 # ------------------------------------------------------------------ inputs

@@ -39,7 +39,6 @@ class Plan:
         placements: parameter name -> how it is split; parameters without an entry are whole on every rank.
         source: "user", "model" or "derived".
         reasons: name pattern -> why these weights stay whole.
-        strict: whether a split that an operation cannot follow is an error (the user asked for it) or is gathered.
     """
 
     placements: Mapping[str, Placement]

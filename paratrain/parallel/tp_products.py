@@ -92,7 +92,7 @@ def _baddbmm(func: Any, args: tuple, kwargs: dict) -> Any:
     return join(first, torch.baddbmm(*(aligned(t, first, -3) for t in (added, a, b)), **options), [added, a, b], 0)
 
 
-def _product(a: Tensor, b: Tensor) -> Any:
+def _product(a: Any, b: Any) -> Any:
     """a @ b. A sum over split dims is reduced; of two split dims that cannot stay split, that of `a` (the activation) is gathered."""
     if a.ndim < 2 or b.ndim < 2:
         return None

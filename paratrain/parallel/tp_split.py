@@ -75,18 +75,21 @@ class Split(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, dim: int, parts: Parts, peers: Peers, sources: frozenset[str] = frozenset()) -> Split:
+        if local.requires_grad and torch.is_grad_enabled():
+            return _Show.apply(local, dim, parts, peers, sources)
+        return cls._wrap(local, dim, parts, peers, sources)
+
+    @classmethod
+    def _wrap(cls, local: Tensor, dim: int, parts: Parts, peers: Peers, sources: frozenset[str]) -> Split:
         shape = list(local.shape)
         dim %= len(shape)
         assert shape[dim] == peers.length(parts), (shape, dim, parts)
         shape[dim] = sum(parts)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         self.local, self.split_dim, self.parts, self.peers, self.sources = local, dim, tuple(parts), peers, sources
-        if local.requires_grad:
-            with plain_functions():
-                self.register_hook(_refuse_gradient)
         return self
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Split(shape={tuple(self.shape)}, dim={self.split_dim}, parts={self.parts}, local={tuple(self.local.shape)})"
 
     @classmethod
@@ -96,7 +99,20 @@ class Split(torch.Tensor):
         return apply(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What autograd itself does to tensors, below the functions that rules are for."""
+        name = func.overloadpacket.__name__
+        if (
+            name in ("detach", "alias", "view", "view_as")
+            and args[0].shape == func(torch.empty(args[0].shape, device="meta"), *args[1:]).shape
+        ):
+            return args[0].like(args[0].local.detach())
+        if name in ("add", "add_", "clone"):
+            from paratrain.parallel.tp_rules import pointwise
+
+            result = pointwise(func.overloadpacket, args, kwargs or {})
+            if result is not None:
+                return result
         raise UserError(f"parallel.tp: {func} reached a tensor that is split over ranks in a way that cannot be followed; {_FIX}")
 
     def like(self, local: Tensor, dim: int | None = None, parts: Parts | None = None) -> Split:
@@ -107,16 +123,16 @@ class Split(torch.Tensor):
 _FIX = "write replicate for the weights of this module in parallel.tp_plan"
 
 
-def _refuse_gradient(grad: Tensor) -> None:
-    raise UserError(f"parallel.tp: a torch.autograd.Function of the model got a tensor that is split over ranks; {_FIX}")
-
-
 def part_of(split: Split) -> Tensor:
-    """This rank's part, once it is clear that autograd has seen all that was done to it."""
+    """This rank's part, as a function of what the split tensor is a function of."""
+    node = node_of(split)
+    return split.local if node is None or node.name() == _Show.__name__ + "Backward" else _Part.apply(split)
+
+
+def node_of(split: Split) -> Any:
+    """The function that autograd knows of for the split tensor as such; its part mostly has a history of its own."""
     with plain_functions():
-        if not split.is_leaf:
-            _refuse_gradient(split)
-    return split.local
+        return split.grad_fn
 
 
 def enter(whole: Tensor, peers: Peers) -> Tensor:
@@ -229,6 +245,36 @@ def _reduce_scatter(term: Tensor, dim: int, parts: Parts, peers: Peers) -> Tenso
     mine = torch.empty_like(pieces[0])
     dist.reduce_scatter(mine, pieces, group=peers.group)
     return mine
+
+
+class _Show(torch.autograd.Function):
+    """A part as a split tensor. Only a torch.autograd.Function of somebody else's makes autograd go this way back."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, parts: Parts, peers: Peers, sources: frozenset[str]) -> Split:
+        ctx.how = dim % local.ndim, parts, peers
+        return Split._wrap(local, dim, parts, peers, sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        dim, parts, peers = ctx.how
+        if isinstance(grad, Split):
+            same = (grad.split_dim, grad.parts) == (dim, parts)
+            grad = grad.local if same else take(gather(grad), dim, parts, peers)
+        else:
+            grad = take(grad, dim, parts, peers)
+        return grad, None, None, None, None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split: Split) -> Tensor:
+        ctx.how = split.split_dim, split.parts, split.peers
+        return split.local.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return Split(grad, *ctx.how)
 
 
 class _Enter(torch.autograd.Function):
