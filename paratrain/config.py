@@ -68,12 +68,15 @@ class Pipeline:
         "1f1b, gpipe, interleaved, looped_bfs, interleaved_zero_bubble, zbv, dualpipev, or the path of a .csv file with a row of actions a rank",
     )
     stages_per_rank: int | None = key(None, "runs of blocks a rank holds; null: as the schedule is made for (1 or 2)", minimum=1)
-    cuts: list[str] | None = key(None, "names of the blocks at which the second and every further stage begins; null: balanced by parameters")
+    cuts: list[str] | None = key(
+        None, "names of the blocks at which the second and every further stage begins; null: balanced by parameters"
+    )
     micro_batches: int | None = key(
         None, "micro-batches a step and rank; null: of data.micro_batch_size samples each, or twice the ranks of the pipeline", minimum=1
     )
     place: dict = key(
-        {}, "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where they are defined among the blocks"
+        {},
+        "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where they are defined among the blocks",
     )
 
 
@@ -173,7 +176,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class DeepSpeed(Foreign):
-    """What the DeepSpeed strategies have in common. Its JSON is generated: `python -m paratrain config strategy=deepspeed_zero2 --deepspeed`."""
+    """What the DeepSpeed strategies have in common. Its JSON is generated: `python -m paratrain config strategy=deepspeed_zero2 --deepspeed 8`."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = key("none", "where masters and optimizer states live, and where the update runs")
     nvme_path: str | None = key(None, "directory on a local NVMe drive, for offload to nvme")
@@ -214,8 +217,7 @@ class DeepSpeedZero3(DeepSpeed):
     hpz_partition_size: int = key(1, "ZeRO++: ranks of a node that keep a second copy of the shards, to gather from in backward", minimum=1)
     quantized_weights: bool = key(False, "ZeRO++: gather weights in 8 bits (changes the result)")
     quantized_gradients: bool = key(False, "ZeRO++: reduce gradients in 4 bits (changes the result)")
-    mics_shard_size: int | None = key(None, "MiCS: shard over groups of this many ranks, replicate between them; null: off", minimum=1)
-    mics_hierarchical_params_gather: bool = key(False, "MiCS: gather inside a node first")
+    mics_shard_size: int | None = key(None, "MiCS, which DeepSpeed removed: refused, with the native twin (strategy=hsdp); null: off", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -574,7 +576,8 @@ class Config:
     compile: bool | str = key(False, "compile each block: true for inductor, or the name of a torch.compile backend")
     compile_fallback: bool = key(False, "run blocks that cannot be compiled as they are, with a warning that names them, instead of ending")
     freeze: list[str] = key(
-        [], "globs on parameter names: these are not trained; '!' before a glob takes parameters out again: ['*', '!head.*'] trains the head alone"
+        [],
+        "globs on parameter names: these are not trained; '!' before a glob takes parameters out again: ['*', '!head.*'] trains the head alone",
     )
     ema: EMA | None = key(None, "moving average of the weights, sharded as they are: {} or {decay: 0.9999}; null: none")
     precision: Precision = key(Precision(), "dtypes and loss scaling")
@@ -675,14 +678,20 @@ def _parallel(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
             yield Fault("parallel.cp", f"{parallel.cp} together with parallel.{axis} is not built yet; write 1 for one of them"), (f"parallel.{axis}",)
     yield from _pipeline(cfg)
     if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):
-        yield Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"), ("parallel.tp",)
+        yield (
+            Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"),
+            ("parallel.tp",),
+        )
     if parallel.tp > 1 and isinstance(strategy, Single):
         yield Fault("parallel.tp", f"{parallel.tp}, but strategy=single is one process; write strategy=ddp"), ("strategy",)
     if parallel.tp > 1 and isinstance(strategy, DDP) and (strategy.comm_hook != "none" or strategy.static_graph):
         option = "comm_hook" if strategy.comm_hook != "none" else "static_graph"
         yield Fault(f"strategy.{option}", "belongs to DistributedDataParallel, which does not know split weights; leave it out"), ("parallel.tp",)
     if parallel.tp > 1 and cfg.compile is not False:
-        yield Fault("compile", "blocks that are split over ranks cannot be compiled yet; write compile=false or parallel.tp=1"), ("parallel.tp",)
+        yield (
+            Fault("compile", "blocks that are split over ranks cannot be compiled yet; write compile=false or parallel.tp=1"),
+            ("parallel.tp",),
+        )
     for axis in ("dp_replicate", "dp_shard"):
         degree = getattr(parallel, axis)
         if degree == 0:
@@ -768,6 +777,9 @@ def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     if cfg.precision.name == "64-true" and isinstance(strategy, DeepSpeed):
         reason = f"64-true, but strategy={name} keeps its master weights in float32; write precision=fp32, or strategy=zero{name[-1]}"
         yield Fault("precision.name", reason), ("strategy",)
+    if cfg.data.micro_batch_size == "auto":
+        reason = f"auto tries sizes by running steps that count for nothing, which strategy={name} cannot take back; write a number"
+        yield Fault("data.micro_batch_size", reason), ("strategy",)
     if cfg.memory.init == "meta" and isinstance(strategy, DeepSpeedZero3):
         reason = f"meta, but strategy={name} takes weights from rank 0; write memory.init=constructor, or strategy=fsdp"
         yield Fault("memory.init", reason), ("strategy",)
@@ -776,6 +788,13 @@ def _foreign(cfg: Config) -> Iterator[tuple[Fault, tuple[str, ...]]]:
         for key, place in places.items():
             if place == "nvme" and strategy.nvme_path is None:
                 yield Fault("strategy.nvme_path", f"required by strategy.{key}=nvme: a directory on a local drive"), (f"strategy.{key}",)
+        mics = getattr(strategy, "mics_shard_size", None)
+        if mics is not None:
+            reason = (
+                "DeepSpeed has no MiCS any more ('MiCS ZeRO-3 sharding has been removed'); "
+                f"write strategy=hsdp parallel.dp_shard={mics}, which shards the same way"
+            )
+            yield Fault("strategy.mics_shard_size", reason), ()
         if places["offload_param"] != "none" and places["offload_optimizer"] == "none":
             reason = f"{places['offload_param']} needs the optimizer states there too; write strategy.offload_optimizer={places['offload_param']}"
             yield Fault("strategy.offload_param", reason), ("strategy.offload_optimizer",)

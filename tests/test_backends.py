@@ -21,12 +21,15 @@ from paratrain.config import (
     DeepSpeedZero1,
     DeepSpeedZero2,
     DeepSpeedZero3,
+    FairScaleFSDP,
     FairScaleOSS,
     FairScaleSDDP,
     Optimizer,
+    Parallel,
     Precision,
 )
-from paratrain.errors import UserError
+from paratrain.config import check as checked
+from paratrain.errors import ConfigError, UserError
 from paratrain.spawn import run
 
 BOUND = 5e-6
@@ -94,6 +97,29 @@ def test_equals_one_process(strategies):
         assert other[:3] == result[:3], "every rank reports the same numbers"
         assert other[3] == {}, "only rank 0 holds the full state"
         assert result[2] == [int((t != -100).sum()) for _, t in batches]
+
+
+@each_package
+def test_one_process(strategies):
+    batches = token_batches(4, 6, True)
+    for result in run(lambda: [train(cfg_of(strategy), batches) for strategy in strategies], 1)[0]:
+        assert_close(result, train_by_hand(build(), batches))
+
+
+@needs("deepspeed")
+def test_options_that_change_the_way_and_not_the_result():
+    """Overlap, ZeRO++'s second copy of the shards, buckets smaller than a parameter, and more JSON."""
+    batches = token_batches(6, 8, True)
+    strategies = [
+        DeepSpeedZero2(overlap_comm=True),
+        DeepSpeedZero2(reduce_bucket_size=100, allgather_bucket_size=100),
+        DeepSpeedZero3(hpz_partition_size=2, param_persistence_threshold=0),
+        DeepSpeedZero2(
+            ds_config={"zero_optimization": {"ignore_unused_parameters": True}, "bf16": "auto", "zero_allow_untested_optimizer": True}
+        ),
+    ]
+    for result in run(lambda: [train(cfg_of(strategy), batches) for strategy in strategies], 2)[0]:
+        assert_close(result, train_by_hand(build(), batches))
 
 
 @each_package
@@ -305,16 +331,61 @@ def test_refusals():
     two = cfg_of(DeepSpeedZero2())
     assert "refuses it ('Type fp16 is not supported on your device.')" in message(replace(two, precision=Precision("16-mixed")))
     assert "flat pieces of parameters" in message(replace(two, optimizer=Optimizer("torch.optim.Adafactor", lr=1e-3)))
+    with pytest.raises(ConfigError, match=r"strategy=hsdp parallel.dp_shard=2"):
+        checked(cfg_of(DeepSpeedZero3(mics_shard_size=2)))
+    with pytest.raises(ConfigError, match=r"strategy.nvme_path: required by strategy.offload_optimizer=nvme"):
+        checked(cfg_of(DeepSpeedZero2(offload_optimizer="nvme")))
+    with pytest.raises(ConfigError, match=r"precision.name: 64-true, but strategy=deepspeed_zero2 keeps its master weights in float32"):
+        checked(replace(two, precision=Precision("64-true")))
+    with pytest.raises(ConfigError, match=r"data.micro_batch_size: auto tries sizes"):
+        checked(replace(two, data=replace(two.data, micro_batch_size="auto")))
+    with pytest.raises(ConfigError, match=r"parallel.tp: 2, but strategy=deepspeed_zero2 is data parallel only"):
+        checked(replace(two, parallel=Parallel(tp=2)))
     assert "CUDA code" in message(cfg_of(DeepSpeedZero3(quantized_weights=True)))
     clash = {"gradient_clipping": 1.0, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "round_robin_gradients": True}}
     text = message(cfg_of(DeepSpeedZero2(ds_config=clash)))
     assert "strategy.ds_config.gradient_clipping: 1.0, but trainer.clip_norm makes it 0.5" in text
     assert "strategy.ds_config.optimizer: is the engine's here; leave it out, and write optimizer=..." in text
     assert "strategy.ds_config.zero_optimization.stage: 3, but strategy makes it 2" in text
-    assert "round_robin" not in text
+    assert "round_robin_gradients: True: DeepSpeed 0.19.8 then gathers parameters from the wrong places" in text
 
 
 @needs("fairscale")
 def test_fairscale_says_what_replaces_it(caplog):
     train(cfg_of(FairScaleOSS()), token_batches(1, 4, True))
     assert "the native strategy replaces it, from the same checkpoint: strategy=zero1" in caplog.text
+    with pytest.raises(UserError, match=r"(?s)strategy=fairscale_fsdp: .*Torch not compiled with CUDA enabled.*write strategy=fsdp"):
+        train(cfg_of(FairScaleFSDP()), [])
+
+
+def test_a_package_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs deepspeed, which is not installed; run: pip install 'paratrain\[deepspeed\]'"):
+        setup(build, token_loss, cfg_of(DeepSpeedZero2()))
+
+
+@each_package
+def test_verify(strategies):
+    """Every step's activations, loss, norm, weights and optimizer states against one process, and a resume bit for bit."""
+    from paratrain import verify
+
+    batch = token_batches(1, 8, True)[0]
+    for strategy in strategies[:1] + strategies[-1:]:
+        report = verify(build, token_loss, batch, cfg_of(strategy), ranks=2)
+        assert report.ok, report.text()
+        assert {line.kind for line in report.lines} >= {"activation", "loss", "gradient norm", "weight", "optimizer state", "resume: state"}
+        assert any("does not show" in note for note in report.notes)
+
+
+@needs("deepspeed")
+def test_verify_finds_a_wrong_division():
+    """A loss that counts other than it sums, on one rank alone, is found under DeepSpeed too."""
+    from paratrain import verify
+
+    def wrong(outputs, targets):
+        total, count = token_loss(outputs, targets)
+        return total * (2.0 if torch.distributed.get_world_size() > 1 else 1.0), count
+
+    report = verify(build, wrong, token_batches(1, 8, False)[0], cfg_of(DeepSpeedZero2()), ranks=2)
+    assert not report.ok
+    assert report.first_difference.key.kind == "loss"

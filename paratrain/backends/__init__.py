@@ -37,7 +37,7 @@ def check(cfg: Config, device: torch.device) -> None:
 
 def streams_weights(cfg: Config) -> bool:
     """Whether only rank 0 may hold the whole model, from where the backend takes it piece by piece."""
-    return isinstance(cfg.strategy, DeepSpeedZero3) and cfg.strategy.mics_shard_size is None and dist.get_world_size() > 1
+    return isinstance(cfg.strategy, DeepSpeedZero3) and dist.get_world_size() > 1
 
 
 def fill(planned: Plan, cfg: Config, device: torch.device) -> None:

@@ -83,6 +83,7 @@ def build(
         UserError: for optimizers that ZeRO cannot run.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, for one process without a launcher too
     optimizer = _checked(optimizers, cfg)
     config = generate(cfg, mesh.data.size())
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls
@@ -95,7 +96,7 @@ def build(
         if streams_weights(cfg):
             for module in materialise.stream(planned, device):
                 if next(module.parameters(recurse=False), None) is not None:
-                    deepspeed.zero.Init(module=module, config_dict_or_path=config)
+                    deepspeed.zero.Init(module=module, config_dict_or_path=config, zero_param_parallel_group=_secondary(cfg))
         inner, *_ = deepspeed.initialize(model=planned.model, optimizer=optimizer, config=config, dist_init_required=False)
     return DeepSpeedEngine(inner, loss_fn, [inner.optimizer.optimizer], mesh, cfg, device, blueprint, log_file)
 
@@ -178,6 +179,13 @@ def _checked(optimizers: list[torch.optim.Optimizer], cfg: Config) -> torch.opti
 
 def _backend(device: torch.device) -> str:
     return "gloo" if device.type == "cpu" or "nccl" not in dist.get_backend() else "nccl"
+
+
+def _secondary(cfg: Config) -> Any:
+    """The ranks that keep a second copy of the shards (ZeRO++), once the first module has made their group; each would make it anew."""
+    from deepspeed.utils import groups
+
+    return groups._get_zero_param_intra_parallel_group() if getattr(cfg.strategy, "hpz_partition_size", 1) > 1 else None
 
 
 def _has_libaio() -> bool:

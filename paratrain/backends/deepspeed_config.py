@@ -31,7 +31,6 @@ _OURS = {  # DeepSpeed's key -> ours that says the same
     "zero_optimization.zero_quantized_weights": "strategy.quantized_weights",
     "zero_optimization.zero_quantized_gradients": "strategy.quantized_gradients",
     "zero_optimization.mics_shard_size": "strategy.mics_shard_size",
-    "zero_optimization.mics_hierarchical_params_gather": "strategy.mics_hierarchical_params_gather",
 }
 _ELSEWHERE = {  # what DeepSpeed can be told to do and we do
     "optimizer": "optimizer=...",
@@ -45,6 +44,11 @@ _ELSEWHERE = {  # what DeepSpeed can be told to do and we do
     "pipeline": "parallel.pp=...",
     "tensor_parallel": "parallel.tp=...",
     "checkpoint": "checkpoint.*",
+}
+
+
+_WRONG = {  # what DeepSpeed accepts and then gets wrong
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then gathers parameters from the wrong places, so checkpoints would be wrong"
 }
 
 
@@ -66,7 +70,8 @@ def generate(cfg: Config, ranks: int) -> dict[str, Any]:
 
 def _generated(cfg: Config, options: DeepSpeed, ranks: int) -> dict[str, Any]:
     share = -(-cfg.data.global_batch // ranks)
-    micro = min(cfg.data.micro_batch_size or share, share)
+    asked = cfg.data.micro_batch_size
+    micro = min(asked, share) if isinstance(asked, int) else share
     accumulation = -(-share // micro)
     name = cfg.precision.name
     made: dict[str, Any] = {
@@ -115,11 +120,6 @@ def _zero(options: DeepSpeed) -> dict[str, Any]:
             "zero_quantized_weights": options.quantized_weights,
             "zero_quantized_gradients": options.quantized_gradients,
         }
-        if options.mics_shard_size is not None:
-            zero |= {
-                "mics_shard_size": options.mics_shard_size,
-                "mics_hierarchical_params_gather": options.mics_hierarchical_params_gather,
-            }
     return zero
 
 
@@ -134,6 +134,8 @@ def _conflicts(made: Mapping[str, Any], asked: Mapping[str, Any], prefix: str) -
         ours = _OURS.get(path)
         if not prefix and key in _ELSEWHERE:
             yield f"strategy.ds_config.{path}: is the engine's here; leave it out, and write {_ELSEWHERE[key]}"
+        elif path in _WRONG and value:
+            yield f"strategy.ds_config.{path}: {value}: {_WRONG[path]}; leave it out"
         elif isinstance(mine, Mapping) and isinstance(value, Mapping):
             yield from _conflicts(mine, value, f"{path}.")
         elif value == "auto" or (key in made and mine == value):

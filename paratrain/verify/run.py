@@ -17,7 +17,7 @@ from paratrain import batch as batches
 from paratrain import data
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
-from paratrain.config import Config, Memory, Parallel, Precision, Single
+from paratrain.config import Config, DeepSpeed, Memory, Parallel, Precision, Single
 from paratrain.engine import Engine
 from paratrain.errors import UserError
 from paratrain.verify.evidence import Solo, solo
@@ -69,8 +69,8 @@ def single(cfg: Config) -> Config:
 
 
 def exact(cfg: Config) -> Config:
-    """The same training in float64, where a difference is an error and not rounding."""
-    return dataclasses.replace(cfg, precision=Precision("64-true"))
+    """The same training in float64, where a difference is an error and not rounding; in float32 where the engine has nothing wider."""
+    return dataclasses.replace(cfg, precision=Precision("32-true" if isinstance(cfg.strategy, DeepSpeed) else "64-true"))
 
 
 def reference(job: Job, permute: bool, zoom: frozenset[Key] = frozenset(), key: Key | None = None) -> Trace:
