@@ -191,3 +191,37 @@ def test_depth_is_cut_only_where_the_model_says_how():
     assert isinstance(GPT(**{k: v for k, v in small.model.items() if k != "_target_"}), nn.Module)
     with pytest.raises(UserError, match="its depth cannot be cut"):
         cut(replace(gpt, model={"_target_": "torch.nn.Linear"}))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.tp=2"]),
+        (2, ["parallel.pp=2"]),
+        (2, ["parallel.cp=2"]),
+        (4, ["strategy=fsdp", "parallel.tp=2"]),
+        (4, ["parallel.pp=2", "parallel.tp=2"]),
+    ],
+)
+def test_layouts_that_split_the_model(ranks, layout):
+    """No false alarm, and a loss that is averaged where it should be summed is found."""
+    from paratrain import cross_entropy, load_config
+    from paratrain.models.gpt import GPT
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 32, (8, 9), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[0, 3:] = targets[5] = -100
+    cfg = load_config(["trainer.clip_norm=1.0", "data.micro_batch_size=2", *layout])
+
+    def build():
+        return GPT(vocab_size=32, seq_len=8, layers=2, dim=16, heads=2, dropout=0.1)
+
+    report = verify(build, cross_entropy, (tokens[:, :-1], targets), cfg, ranks)
+    assert report.ok, report.text()
+
+    def wrong(outputs, targets):
+        total, count = cross_entropy(outputs, targets)
+        return total / count, 1
+
+    assert not verify(build, wrong, (tokens[:, :-1], targets), cfg, ranks).ok

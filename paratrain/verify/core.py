@@ -76,13 +76,19 @@ def verify(
         return dataclasses.replace(traces, setup=setup, seconds=time.monotonic() - began)
     policy = POLICIES[cfg.precision.name]
     result = compare(reference, noise, traces, policy.autocast_dtype or policy.param_dtype)
-    notes = _notes(result, reference)
-    if "hidden" in traces[0].extra:
+    split = [axis for axis in ("tp", "pp", "cp") if getattr(cfg.parallel, axis) > 1]
+    notes = _notes(result, reference) if not split else []
+    if split:
+        notes.append(
+            f"under {', '.join(split)} a rank holds parts of tensors: compared are the count, loss, norm and rate of every step and the whole "
+            "weights after it, not activations and gradients one by one; dropout and the step after a resume are not looked at"
+        )
+    elif "hidden" in traces[0].extra:
         notes.append(f"strategy={cfg.strategy.name} does not show every rank's gradients: what it does not show is compared by the norm and the updates")
     differences, explanation = result.differences, ""
     if differences:
         explanation = _explain(job, differences[0], reference, traces, timeout, notes)
-    else:
+    elif not split:
         found = _life(job, result, timeout)
         if isinstance(found, Report):
             return dataclasses.replace(found, setup=setup, seconds=time.monotonic() - began)

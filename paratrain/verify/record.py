@@ -86,6 +86,9 @@ class Trace:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+_OF_PARTS = ("activation", "gradient", "clipped gradient", "optimizer state", "buffer", "initial buffer")
+
+
 class Recorder:
     """Records every step of `engine` into `trace`.
 
@@ -99,11 +102,16 @@ class Recorder:
         self.trace = Trace(place=_place(engine))
         if isinstance(engine.cfg.strategy, Foreign):
             self.trace.extra["hidden"] = ("gradient", "clipped gradient")  # a rank has some of them, or none
+        if is_split(engine):  # a rank holds parts of tensors: what is compared is the model put together, and what training reports
+            self.trace.extra["hidden"] = (*_OF_PARTS, "weight", "initial weight")
         self.micro = -1
         self.sizes: list[tuple[int, int]] = []  # (samples, those that count) of each micro-batch
         self.calls: Counter[str] = Counter()
         self.in_backward = False
         self.gradient_order: dict[str, None] = {}
+        if is_split(engine):
+            self.state(-1, initial=True)
+            return
         self._root_hooks()
         for name, module in engine.model.named_modules():
             if randomness:
@@ -148,6 +156,8 @@ class Recorder:
         model = self.engine.model
         for name, param in weights(self.engine).items():
             self.add(Key(step, "initial weight" if initial else "weight", name), param)
+        if is_split(self.engine):
+            return
         for name, buffer in model.named_buffers():
             self.add(Key(step, "initial buffer" if initial else "buffer", name), buffer)
         for name, value in optimizer_states(self.engine).items():
@@ -280,6 +290,12 @@ class Recorder:
         module.register_forward_hook(left)
 
 
+def is_split(engine: Engine) -> bool:
+    """Whether ranks hold parts of one model or of one sequence: under tp, pp or cp."""
+    root = engine.mesh.root
+    return any(root[axis].size() > 1 for axis in ("tp", "pp", "cp"))
+
+
 def generator_digest() -> str:
     """Digest of the state of torch's CPU generator."""
     return hashlib.blake2b(torch.default_generator.get_state().numpy().tobytes(), digest_size=8).hexdigest()
@@ -295,6 +311,11 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def weights(engine: Engine) -> dict[str, Tensor]:
     """Every parameter by name; what an engine of another package keeps in pieces of its own is gathered. Collective."""
+    if is_split(engine):
+        assert engine.blueprint is not None, "a model that is split was copied before"
+        names = [name for name, _ in engine.blueprint.named_parameters(remove_duplicate=False)]
+        state = engine.full_state_dict()
+        return {name: state[name] for name in names if name in state}
     names = [name for name, _ in engine.model.named_parameters(remove_duplicate=False)]
     if isinstance(engine.cfg.strategy, Foreign):
         kept = engine.tensors()
