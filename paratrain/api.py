@@ -45,7 +45,12 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
     axes = mesh.build(cfg, device.type)
-    planned = materialise.plan(model_fn, cfg, device, sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1)
+    planned = materialise.plan(
+        model_fn,
+        cfg,
+        device,
+        sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1,
+    )
     freeze.apply(planned.model, cfg.freeze)
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)

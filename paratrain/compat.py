@@ -145,7 +145,7 @@ def recent_collectives() -> list[dict[str, Any]]:
     import json
 
     try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+        from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
         return json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
     except (ImportError, RuntimeError, TypeError, ValueError):
@@ -184,7 +184,9 @@ def with_transfers(orders: Sequence[Sequence[tuple[str, int, int]]], rank_of: Se
     kind = schedules._ComputationType
     actions = {rank: [schedules._Action(stage, kind(name), micro) for name, stage, micro in row] for rank, row in enumerate(orders)}
     lowered = schedules._add_send_recv({rank: row for rank, row in actions.items() if row}, lambda stage: rank_of[stage], len(rank_of))
-    return [[(str(a.computation_type.value), a.stage_index, int(a.microbatch_index or 0)) for a in lowered.get(rank, [])] for rank in actions]
+    return [
+        [(str(a.computation_type.value), a.stage_index, int(a.microbatch_index or 0)) for a in lowered.get(rank, [])] for rank in actions
+    ]
 
 
 def finish_backward(module: Any) -> None:

@@ -179,7 +179,9 @@ class Engine:
     def backward(self, loss: torch.Tensor | tuple[torch.Tensor, Any], count: float = 1) -> None:
         """Backward of one micro-batch: a (sum, count), or a mean over `count`. `step` divides by the count over all of them."""
         if self._in_backward is not None:
-            raise UserError("backward() under trainer.update_in_backward=true, which needs the count of all ranks first; call engine.train_step()")
+            raise UserError(
+                "backward() under trainer.update_in_backward=true, which needs the count of all ranks first; call engine.train_step()"
+            )
         total, count = as_sum_and_count(loss, count)
         self._backward(total, count)
 
@@ -202,7 +204,7 @@ class Engine:
         self._layout.reduce(self._params)
         totals = self._sum_totals()
         grads = [param.grad for param in self._params if param.grad is not None]
-        factor = self._unit / self.scaler.scale / _at_least(totals[1], _TINY)
+        factor = self._unit / self.scaler.scale / _or_one(totals[1])
         if self._layout.pipeline is None:
             norm = self._scalar(self._total_norm(grads)) * factor
         else:
@@ -223,7 +225,9 @@ class Engine:
         assert self._reduced is not None
         totals, norm = self._reduced
         tolerant = self.cfg.trainer.nonfinite != "raise"
-        skipped = ((tolerant or self.scaler.enabled) and not math.isfinite(float(norm))) or (tolerant and not math.isfinite(float(totals[0])))
+        skipped = ((tolerant or self.scaler.enabled) and not math.isfinite(float(norm))) or (
+            tolerant and not math.isfinite(float(totals[0]))
+        )
         result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
         if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
@@ -498,7 +502,7 @@ class Engine:
         total, count = self._loss(self._layout.run, inputs, targets, real)
         self._window = self._add((0.0, 0.0), total, count)
         totals = self._sum_over_ranks((*self._window, *self._votes))
-        self._layout.backward(total * (self._layout.average / _at_least(totals[1], _TINY)))
+        self._layout.backward(total * (self._layout.average / _or_one(totals[1])))
         self._layout.reduce(self._params)
         if self._layout.used is not None:
             self._layout.used.clear()
@@ -638,15 +642,13 @@ class Engine:
         return grad
 
 
-_TINY = torch.finfo(torch.float64).tiny
-
-
 def _at_most(value: Scalar, bound: float) -> Scalar:
     return value.clamp(max=bound) if isinstance(value, torch.Tensor) else min(value, bound)
 
 
-def _at_least(value: Scalar, bound: float) -> Scalar:
-    return value.clamp(min=bound) if isinstance(value, torch.Tensor) else max(value, bound)
+def _or_one(count: Scalar) -> Scalar:
+    """`count`; 1 where nothing counts, so that gradients of nothing stay zero."""
+    return torch.where(count == 0, 1.0, count) if isinstance(count, torch.Tensor) else count or 1.0
 
 
 @contextmanager

@@ -90,8 +90,28 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         placed.keep(model)
         if stages:
             run = Pipeline(stages, mesh, cfg, device, sharded=True)
-            return Layout(model, run.forward, average=ranks, settle=sharded.settle, reduce=_both(sharded.reduce, run.reduce), used=sharded.used, pipeline=run, placed=placed)
-        return Layout(model, sharded, sharded.no_sync, ranks, sharded.settle, sharded.reduce, sharded.used, rehearsal=sharded.rehearsal, placed=placed, context=sequences)
+            return Layout(
+                model,
+                run.forward,
+                average=ranks,
+                settle=sharded.settle,
+                reduce=_both(sharded.reduce, run.reduce),
+                used=sharded.used,
+                pipeline=run,
+                placed=placed,
+            )
+        return Layout(
+            model,
+            sharded,
+            sharded.no_sync,
+            ranks,
+            sharded.settle,
+            sharded.reduce,
+            sharded.used,
+            rehearsal=sharded.rehearsal,
+            placed=placed,
+            context=sequences,
+        )
     materialise.fill(planned, cfg, device)
     placed.keep(model)
     if stages:

@@ -356,3 +356,16 @@ def test_compressed_reductions_train(hook):
 def test_bf16_hook_needs_nccl():
     with pytest.raises(RuntimeError, match="gloo has no bfloat16 all-reduce"):
         run(lambda: setup(seeded(Tiny), token_loss, config(strategy=DDP(comm_hook="bf16"))), 2)
+
+
+def test_a_step_with_nothing_to_count_changes_nothing_and_goes_on():
+    """Every target is masked: no loss, a norm of zero, and the next step is a step like any other."""
+    inputs, targets = token_batches(1, 4, False)[0]
+
+    def body():
+        engine = setup(seeded(Tiny), token_loss, config())
+        nothing = engine.train_step(engine.local((inputs, torch.full_like(targets, -100))))
+        after = engine.train_step(engine.local((inputs, targets)))
+        return nothing.count, nothing.grad_norm, math.isnan(nothing.loss), math.isfinite(after.loss)
+
+    assert run(body, 2) == [(0, 0.0, True, True)] * 2

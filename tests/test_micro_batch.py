@@ -179,7 +179,7 @@ def test_what_does_not_fit_or_is_refused():
         run(body, 2)
     assert set(caught.value.failures) == {0, 1}
     assert OutOfMemory.__name__ in str(caught.value)
-    with pytest.raises(UserError, match="data.micro_batch_size=auto: the model has BatchNorm"):
+    with pytest.raises(UserError, match=r"data\.micro_batch_size=auto: the model has BatchNorm"):
         setup(zoo()["conv"][0], zoo()["conv"][1], config("auto", strategy=Single()))
     for sections, message in (
         ({"strategy": DDP(), "parallel": Parallel(tp=2)}, "parallel.tp does not allow"),

@@ -396,5 +396,7 @@ def test_example_shows_a_plan():
     from pathlib import Path
 
     root = Path(__file__).parents[1]
-    shown = subprocess.run([sys.executable, root / "examples/tp_plan.py", "2"], capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+    shown = subprocess.run(
+        [sys.executable, root / "examples/tp_plan.py", "2"], capture_output=True, text=True, env={"PYTHONPATH": str(root)}
+    )
     assert "blocks.*.attention.out.weight: dim 1 split (4 of them)" in shown.stdout, shown.stderr

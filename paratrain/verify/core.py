@@ -84,7 +84,9 @@ def verify(
             "weights after it, not activations and gradients one by one; dropout and the step after a resume are not looked at"
         )
     elif "hidden" in traces[0].extra:
-        notes.append(f"strategy={cfg.strategy.name} does not show every rank's gradients: what it does not show is compared by the norm and the updates")
+        notes.append(
+            f"strategy={cfg.strategy.name} does not show every rank's gradients: what it does not show is compared by the norm and the updates"
+        )
     differences, explanation = result.differences, ""
     if differences:
         explanation = _explain(job, differences[0], reference, traces, timeout, notes)

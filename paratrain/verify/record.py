@@ -130,7 +130,9 @@ class Recorder:
         """`engine.train_step`, watched."""
         number = self.engine.global_step
         self.micro, self.number = -1, number
-        parts = batches.split(share, self.engine.cfg.data.micro_batch_size)
+        size = self.engine.cfg.data.micro_batch_size
+        assert size != "auto", "what fits here says nothing: `verify` takes whole shares instead"
+        parts = batches.split(share, size)
         self.sizes = [(max(real, 1), real) for _, _, real in parts]
         self.trace.samples[number] = _sample_hashes(share)
         result = self.engine.train_step(share)

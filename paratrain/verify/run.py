@@ -163,6 +163,7 @@ def _restore_order(trace: Trace, step: int, order: torch.Tensor) -> None:
 
 def _investigate(job: Job, engine: Engine, share: LocalBatch, key: Key) -> Solo | str:
     try:
-        return solo(engine, share, job.ranks, job.cfg.data.micro_batch_size, key)
+        size = job.cfg.data.micro_batch_size
+        return solo(engine, share, job.ranks, None if size == "auto" else size, key)
     except Exception as error:  # evidence for an explanation is welcome, not needed
         return f"{type(error).__name__}: {error}"
