@@ -17,7 +17,11 @@ from paratrain.errors import ConfigError, UserError
 
 CONF = Path(__file__).parent.parent / "conf"
 SECTIONS = {name for name, kind in schema.kinds(config.Config).items() if schema.variants(kind)}
-DELIBERATE: dict[str, set[str]] = {}
+DELIBERATE = {
+    "strategy/deepspeed_zero1_offload": {"offload_optimizer"},
+    "strategy/deepspeed_zero2_offload": {"offload_optimizer"},
+    "strategy/deepspeed_zero3_offload": {"offload_optimizer", "offload_param"},
+}  # what the choice is for
 
 
 def files() -> list[str]:
@@ -73,6 +77,7 @@ def test_float16_scales_with_the_defaults_of_the_schema():
 def test_every_choice_composes(name):
     group, choice = name.split("/")
     needs = {
+        **{f"scheduler/{name}": ["trainer.max_steps=10"] for name in ("cosine", "linear", "wsd")},
         "data/text": ["data.path=x"],
         "data/hf": ["data.name=x"],
         "data/custom": ["data.train._target_=builtins.list", "model.vocab_size=2", "model.seq_len=2"],
