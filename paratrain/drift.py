@@ -16,6 +16,7 @@ SAFE = (
     "checkpoint.*",
     "compile",
     "compile_fallback",
+    "context.*",
     "data.cache_dir",
     "data.micro_batch_size",
     "data.workers",
@@ -24,6 +25,7 @@ SAFE = (
     "memory.*",
     "output_dir",
     "parallel.*",
+    "pipeline.*",
     "resume",
     "resume_force",
     "scheduler.total_steps",
@@ -36,6 +38,8 @@ SAFE = (
     "trainer.nonfinite",
     "trainer.spike*",
     "trainer.*timeout*",
+    "trainer.update_in_backward",
+    "verify.*",
 )
 """Globs of keys that change how training runs, and not what is computed."""
 
