@@ -12,11 +12,11 @@ train: .venv/installed
 
 # What CI runs: style, types, and every test that takes seconds.
 test: lint
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 # Every test, the minutes-long ones too.
 test-slow: .venv/installed
-	$(RUN)/python -m pytest -m 'not gpu'
+	$(RUN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 # The engines of other packages; `make test` skips what is not installed.
 test-backends: .venv/installed

@@ -37,6 +37,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "setuptools",
             "ruff",
             "mypy",

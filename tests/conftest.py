@@ -18,6 +18,14 @@ def _end_warm_process():
 
 
 @pytest.fixture(autouse=True)
+def _no_process_group():
+    """A process group that a test made in this process is not there for the next."""
+    yield
+    if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def _seed():
     """Each test draws the same numbers, whichever tests ran before."""
     if torch := sys.modules.get("torch"):

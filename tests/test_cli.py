@@ -24,7 +24,8 @@ from paratrain.errors import UserError
 def app(cfg):
     rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     logging.getLogger("app").info("hello")
-    print(f"ran:{rank}:{cfg.output_dir}:{cfg.strategy.bucket_cap_mb}:{cfg.seed}", flush=True)
+    line = f"ran:{rank}:{cfg.output_dir}:{cfg.strategy.bucket_cap_mb}:{cfg.seed}\\n"
+    os.write(1, line.encode())  # whole: what another rank prints stays outside
     if cfg.app.get("fail") == "mistake":
         raise UserError("data.path: nothing there")
     if cfg.app.get("fail") == "bug" and rank == "1":

@@ -91,10 +91,8 @@ def test_a_call_knows_nothing_of_the_last():
 def test_the_warm_process_is_reused_and_makes_calls_cheap():
     run(rank_here, 2)
     warm = spawn._warm.process.pid
-    start = time.monotonic()
-    run(rank_here, 4)
-    assert time.monotonic() - start < 1.0  # importing torch alone takes longer
-    assert run(os.getppid, 2) == [warm, warm]
+    assert run(os.getppid, 4) == [warm] * 4
+    assert spawn._warm.process.pid == warm
 
 
 def test_every_rank_that_raises_is_reported_first_failure_first():
@@ -121,10 +119,8 @@ def test_ranks_stuck_behind_a_failure_are_stopped_early():
             raise ValueError("the cause")
         time.sleep(1000)
 
-    start = time.monotonic()
     with pytest.raises(RankError, match=r"--- rank 1: Traceback[\s\S]*the cause[\s\S]*--- rank 0: stopped: still running") as caught:
-        run(work, 2, timeout=60)
-    assert time.monotonic() - start < 10
+        run(work, 2, timeout=600)  # twice what pytest gives a test
     assert "in work" in caught.value.failures[0]  # the stack in which it was stuck
 
 
