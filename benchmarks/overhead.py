@@ -48,7 +48,7 @@ def paratrain() -> Callable[[], None]:
     import paratrain as pt
 
     cfg = pt.load_config(["strategy=single", "trainer.clip_norm=1.0", "trainer.device=cpu"])
-    engine = pt.setup(model, pt.cross_entropy, cfg)
+    engine = pt.setup(model, lambda outputs, targets: (F.cross_entropy(outputs, targets, reduction="sum"), len(targets)), cfg)
 
     def step() -> None:
         engine.train_step((INPUTS, TARGETS))

@@ -82,6 +82,7 @@ class Engine:
         self.scaler = LossScaler(cfg.precision.loss_scale)
         self._layout, self._loss_fn = layout, loss_fn
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
+        self._weights_rank = mesh.weights.get_local_rank()
         self._policy = POLICIES[cfg.precision.name]
         watched = cfg.precision.fallback.policy != "off"
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
@@ -138,8 +139,8 @@ class Engine:
                 self._update_in_backward(self._in_backward, micro)
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
-                rng.reseed(self.device, self.cfg.seed, self.global_step, number, self.mesh.weights.get_local_rank())
-                with self.no_sync() if number + 1 < len(micro) else _nothing():
+                rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank)
+                with self.no_sync() if number + 1 < len(micro) else nullcontext():
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
         return self.step()
 
@@ -438,7 +439,7 @@ class Engine:
 
         @contextmanager
         def around(stage: int, number: int) -> Iterator[None]:
-            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self.mesh.weights.get_local_rank(), stage)
+            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank, stage)
             with self._policy.autocast(self.device.type):
                 yield
 
@@ -498,7 +499,7 @@ class Engine:
                 "write data.micro_batch_size=null, a smaller data.global_batch, or trainer.update_in_backward=false"
             )
         (inputs, targets, real), *_ = micro
-        rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self.mesh.weights.get_local_rank())
+        rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self._weights_rank)
         total, count = self._loss(self._layout.run, inputs, targets, real)
         self._window = self._add((0.0, 0.0), total, count)
         totals = self._sum_over_ranks((*self._window, *self._votes))
@@ -517,7 +518,7 @@ class Engine:
         with rng.preserved(self.device), self._layout.rehearsal():
             try:
                 for number, part in enumerate(micro):
-                    with self.no_sync() if number + 1 < len(micro) else _nothing():
+                    with self.no_sync() if number + 1 < len(micro) else nullcontext():
                         self._rehearse_one(*part)
             except Exception as error:
                 if not memory.is_out_of_memory(error):
@@ -649,11 +650,6 @@ def _at_most(value: Scalar, bound: float) -> Scalar:
 def _or_one(count: Scalar) -> Scalar:
     """`count`; 1 where nothing counts, so that gradients of nothing stay zero."""
     return torch.where(count == 0, 1.0, count) if isinstance(count, torch.Tensor) else count or 1.0
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _weightless(outputs: Any) -> torch.Tensor:

@@ -34,11 +34,15 @@ def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def scale(tensors: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
     """Multiply every tensor by `factor` in place, wherever each is."""
+    parts = local(tensors)
+    if not isinstance(factor, torch.Tensor):
+        torch._foreach_mul_(parts, factor)
+        return
     by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for part in local(tensors):
+    for part in parts:
         by_device[part.device].append(part)
-    for device, parts in by_device.items():
-        torch._foreach_mul_(parts, factor.to(device) if isinstance(factor, torch.Tensor) else factor)
+    for device, members in by_device.items():
+        torch._foreach_mul_(members, factor.to(device))
 
 
 def total_norm(grads: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
