@@ -184,6 +184,16 @@ def _foreign(cfg: Config) -> Faults:
     if cfg.memory.init == "meta" and isinstance(strategy, DeepSpeedZero3):
         reason = f"meta, but strategy={name} takes weights from rank 0; write memory.init=constructor, or strategy=fsdp"
         yield Fault("memory.init", reason), ("strategy",)
+    if cfg.memory.pretrained is not None and isinstance(strategy, DeepSpeedZero3):
+        reason = f"strategy={name} does not read it; load the weights in the function that builds the model, or write strategy=fsdp"
+        yield Fault("memory.pretrained", reason), ("strategy",)
+    for key in ("clip_value", "clip_adaptive"):
+        if getattr(cfg.trainer, key) is not None:
+            reason = f"strategy={name} clips by norm only; write trainer.clip_norm=..., or strategy=fsdp"
+            yield Fault(f"trainer.{key}", reason), ("strategy",)
+    if cfg.precision.fallback.policy != "off":
+        reason = f"strategy={name} scales losses by itself; write precision.fallback.policy=off, or strategy=fsdp"
+        yield Fault("precision.fallback.policy", reason), ("strategy",)
     if isinstance(strategy, DeepSpeed):
         places = {key: getattr(strategy, key, "none") for key in ("offload_optimizer", "offload_param")}
         for key, place in places.items():
