@@ -181,7 +181,7 @@ def test_death_of_the_warm_process_is_reported_and_mended():
 
 
 def test_output_reaches_the_caller(capfd):
-    run(lambda: print("hello from", rank_here()), 2)
+    run(lambda: print(f"hello from {rank_here()}\n", end="", flush=True), 2)  # one write a rank, or their lines mix
     assert sorted(capfd.readouterr().out.splitlines()) == ["hello from 0", "hello from 1"]
 
 
