@@ -69,8 +69,8 @@ class Trainer:
         made = time.monotonic()
         self.cfg = cfg
         self.callbacks = events.checked(callbacks)
-        self.train_data = _dataset(train_data, "train_data")
-        self.eval_data = _dataset(eval_data, "eval_data") if eval_data is not None else None
+        self.train_data = data.map_style(train_data, "train_data")
+        self.eval_data = data.map_style(eval_data, "eval_data") if eval_data is not None else None
         self.order = data.Order(len(self.train_data), cfg.data.global_batch, cfg.seed, cfg.data.shuffle)
         self.engine: Engine = setup(model_fn, loss_fn, cfg)
         asked = Path(cfg.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
@@ -443,13 +443,6 @@ class Trainer:
         for callback in self.callbacks:
             if hasattr(callback, event):
                 getattr(callback, event)(self, *args)
-
-
-def _dataset(dataset: Any, name: str) -> Any:
-    dataset = data.map_style(dataset, name)
-    if len(dataset) == 0:
-        raise UserError(f"{name} is empty: it has no sample; check the data section of the config")
-    return dataset
 
 
 def _is_text(batch: LocalBatch) -> bool:

@@ -320,12 +320,7 @@ class _Gather(torch.autograd.Function):
         return take(grad, *ctx.how), None, None, None
 
 
-class _GatherAndEnter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, dim: int, parts: Parts, peers: Peers) -> Tensor:
-        ctx.how = dim, parts, peers
-        return _all_gather(local, dim, parts, peers)
-
+class _GatherAndEnter(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         return _reduce_scatter(grad, *ctx.how), None, None, None
