@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from paratrain.optim.matrix import part, whole
+from paratrain.optim.one_by_one import States, one_by_one
 
 
 @cache
@@ -21,32 +21,20 @@ def gathered(cls: Any) -> type:
     stay sharded; others are whole on every rank. What a class computes over several parameters at once it computes over one.
     """
 
-    @torch.no_grad()
-    def step(self: Any, closure: Callable | None = None) -> None:
-        assert closure is None, "the engine passes none"
-        groups, states = self.param_groups, self.state
-        try:
-            for group in groups:
-                before = after = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-                for param in group["params"]:
-                    if param.grad is None:
-                        continue
-                    twin = whole(param.detach()).clone().requires_grad_()
-                    twin.grad = whole(param.grad)
-                    self.state = defaultdict(dict, {twin: {key: _map(whole, value) for key, value in states[param].items()}})
-                    self.param_groups = [{**before, "params": [twin]}]
-                    cls.step(self)
-                    after = {key: value for key, value in self.param_groups[0].items() if key != "params"}
-                    param.copy_(part(twin.detach(), param))
-                    states[param] = {
-                        key: part(value, param) if isinstance(value, torch.Tensor) and value.shape == param.shape else value
-                        for key, value in self.state[twin].items()
-                    }
-                group.update(after)
-        finally:
-            self.param_groups, self.state = groups, states
+    def lend(param: torch.Tensor, kept: States, group: dict[str, Any]) -> tuple[torch.Tensor, States]:
+        twin = whole(param.detach()).clone().requires_grad_()
+        assert param.grad is not None
+        twin.grad = whole(param.grad)
+        return twin, {key: _map(whole, value) for key, value in kept.items()}
 
-    return type(f"Gathered{cls.__name__}", (cls,), {"step": step, "__doc__": gathered.__doc__})
+    def take_back(param: torch.Tensor, twin: torch.Tensor, kept: States, states: States) -> States:
+        param.copy_(part(twin.detach(), param))
+        return {
+            key: part(value, param) if isinstance(value, torch.Tensor) and value.shape == param.shape else value
+            for key, value in states.items()
+        }
+
+    return one_by_one(cls, f"Gathered{cls.__name__}", gathered.__doc__, lend, take_back)
 
 
 def needs_gathering(cls: type, params: list[torch.Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from paratrain.errors import UserError
+from paratrain.optim.one_by_one import States, one_by_one
 
 
 def stream_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -33,27 +33,13 @@ def stream_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 def streamed(cls: Any) -> type:
     """The optimizer `cls`, updating one parameter at a time, with its states in host memory between."""
 
-    @torch.no_grad()
-    def step(self: Any, closure: Callable | None = None) -> None:
-        assert closure is None, "the engine passes none"
-        groups, states = self.param_groups, self.state
-        try:
-            for group in groups:
-                before = after = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-                for param in group["params"]:
-                    if param.grad is None:
-                        continue
-                    kept = states[param]
-                    self.state = defaultdict(dict, {param: {key: _visiting(value, param, group) for key, value in kept.items()}})
-                    self.param_groups = [{**before, "params": [param]}]
-                    cls.step(self)
-                    after = {key: value for key, value in self.param_groups[0].items() if key != "params"}
-                    states[param] = {key: _at_home(value, kept.get(key)) for key, value in self.state[param].items()}
-                group.update(after)
-        finally:
-            self.param_groups, self.state = groups, states
+    def lend(param: torch.Tensor, kept: States, group: dict[str, Any]) -> tuple[torch.Tensor, States]:
+        return param, {key: _visiting(value, param, group) for key, value in kept.items()}
 
-    return type(f"Streamed{cls.__name__}", (cls,), {"step": step, "__doc__": streamed.__doc__})
+    def take_back(param: torch.Tensor, lent: torch.Tensor, kept: States, states: States) -> States:
+        return {key: _at_home(value, kept.get(key)) for key, value in states.items()}
+
+    return one_by_one(cls, f"Streamed{cls.__name__}", streamed.__doc__, lend, take_back)
 
 
 def _visiting(value: Any, param: torch.Tensor, group: dict[str, Any]) -> Any:
