@@ -112,10 +112,33 @@ def run(task: Callable[[config.Config], Any], cfg: config.Config, store: Store |
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        return record(attempt)()
+        return record(attempt, _whole_error_files())()
     except Exception as error:
         _print_once(f"rank {_rank()}:\n{traceback.format_exc()}", f"{type(error).__name__}: {error}", store)
         sys.exit(1)
+
+
+def _whole_error_files() -> Any:
+    """The handler of `record`, writing the file that tells torchrun of an exception in one move.
+
+    torchrun reads the file of a rank that it is ending, perhaps in the middle of a write, and would die of half a JSON object instead of
+    restarting the job.
+    """
+    from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+    class Handler(ErrorHandler):
+        def record_exception(self, e: BaseException) -> None:
+            path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+            if path is None:
+                return super().record_exception(e)
+            os.environ["TORCHELASTIC_ERROR_FILE"] = f"{path}.part"
+            try:
+                super().record_exception(e)
+                os.replace(f"{path}.part", path)
+            finally:
+                os.environ["TORCHELASTIC_ERROR_FILE"] = path
+
+    return Handler()
 
 
 def _print_once(text: str, identity: str, store: Store | None) -> None:
