@@ -45,6 +45,8 @@ setup(
             "scikit-learn",
             "tensorboard",
             "datasets",
+            "transformers",
+            "peft",
             "pytorch-optimizer",
             "torchao",
             "pyarrow",
