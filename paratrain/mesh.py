@@ -5,10 +5,11 @@ Every axis is always there. An axis of degree 1 has a group of one rank, so no c
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp peers are neighbours, inside a node
 DATA = ("dp_replicate", "dp_shard")  # axes whose ranks see different samples
+_MADE: dict[tuple[Any, tuple], Mesh] = {}  # (default process group, (device type, *degrees)) -> its mesh
 
 
 def degrees(cfg: Config, ranks: int) -> dict[str, int]:
@@ -80,8 +82,19 @@ class Mesh:
 
 
 def build(cfg: Config, device_type: str) -> Mesh:
-    """The mesh of this job. Needs the default process group."""
+    """The mesh of this job. Needs the default process group, for which each mesh is made once: gloo keeps threads for every group."""
     shape = degrees(cfg, dist.get_world_size())
+    world, wanted = dist.group.WORLD, (device_type, *shape.values())
+    if not _MADE:
+        atexit.register(_MADE.clear)  # before the process group is given up, whose threads would outlive the interpreter
+    if any(group is not world for group, _ in _MADE):
+        _MADE.clear()
+    if (world, wanted) not in _MADE:
+        _MADE[world, wanted] = _build(shape, device_type)
+    return _MADE[world, wanted]
+
+
+def _build(shape: dict[str, int], device_type: str) -> Mesh:
     root = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=AXES)
     weights = data = flatten_mesh(root[DATA], "dp")
     shard = root["dp_shard"]
