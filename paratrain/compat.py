@@ -199,3 +199,33 @@ def finish_backward(module: Any) -> None:
         for group in member._fsdp_param_groups if hasattr(member, "_fsdp_param_groups") else filter(None, [member._fsdp_param_group]):
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows[start:end] @ matrices[i] for each run of rows, which ends where `ends` says; in one kernel where torch has one.
+
+    Args:
+        rows: [rows, in].
+        matrices: [runs, in, out].
+        ends: int64 [runs].
+
+    Returns:
+        [rows, out].
+    """
+    if rows.is_meta or hasattr(rows, "meta"):  # without values, on meta or as a ghost of a pipeline stage: shapes and FLOPs are right
+        return rows @ matrices[0]
+    dtype = matrices.dtype
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+    rows, matrices = rows.to(dtype), matrices.to(dtype)
+    aligned = all(size * matrices.element_size() % 16 == 0 for size in matrices.shape[1:])
+    kernel = getattr(torch.nn.functional, "grouped_mm", None)
+    if kernel is not None and aligned and dtype in (torch.bfloat16, torch.float16, torch.float32) and len(rows):
+        return kernel(rows, matrices, offs=ends.to(torch.int32))
+    bounds = [0, *ends.tolist()]
+    return torch.cat([rows[start:end] @ matrix for start, end, matrix in zip(bounds, bounds[1:], matrices, strict=False)])
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,36 @@ def mse(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         raise UserError(f"mse: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: give both the same shape")
     dtype = torch.promote_types(torch.promote_types(outputs.dtype, targets.dtype), torch.float32)
     return F.mse_loss(outputs.to(dtype), targets.to(dtype), reduction="sum"), targets.numel()
+
+
+def sequence_balance(router_logits: Tensor | Sequence[Tensor], top_k: int, batch: int | None = None, mask: Tensor | None = None) -> Tensor:
+    """How unevenly each sequence is spread over the experts: 1 where it is even, up to the number of experts / top_k.
+
+    The sequence-wise loss of DeepSeek-V3 (2024, equations 17 to 20), with softmax probabilities: experts * sum over experts of (share of
+    the choices) * (mean probability). It is a function of each sequence alone, so a loss that adds it up over sequences is the same
+    under every layout; a loss over the whole batch, such as Hugging Face's `aux_loss`, changes with micro-batches and ranks.
+
+    Args:
+        router_logits: [batch, time, experts], or [batch * time, experts] with `batch` (as Hugging Face models return them); or a
+            sequence of such tensors, one a layer, over which the mean is taken.
+        top_k: experts chosen for each token.
+        batch: number of sequences.
+        mask: [batch, time], true where a token counts; None: all do.
+
+    Returns:
+        [batch], in float32 or wider.
+    """
+    if not isinstance(router_logits, Tensor):
+        each = [sequence_balance(logits, top_k, batch, mask) for logits in router_logits]
+        return torch.stack([value.to(each[0].device) for value in each]).mean(0)
+    logits = router_logits if router_logits.ndim == 3 else router_logits.unflatten(0, (batch or 1, -1))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities, experts = logits.softmax(-1), logits.shape[-1]
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(top_k, dim=-1).indices, 1.0)
+    counts = torch.ones_like(logits[..., :1]) if mask is None else mask.unsqueeze(-1).to(logits)
+    tokens = counts.sum(1).clamp(min=1)
+    share, probability = (chosen * counts).sum(1) / (top_k * tokens), (probabilities * counts).sum(1) / tokens
+    return experts * (share * probability).sum(-1)
 
 
 def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:

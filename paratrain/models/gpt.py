@@ -90,16 +90,20 @@ class GPT(nn.Module):
         Raises:
             ValueError: `time` exceeds `seq_len`.
         """
+        x, rotation = self.embedded(tokens, positions)
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.head(self.norm(x))
+
+    def embedded(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the blocks get: embeddings [batch, time, dim], and the rotation of each position."""
         time = tokens.shape[1]
         if time > self.seq_len:
             raise ValueError(f"sequence of {time} tokens, but the model was built for seq_len={self.seq_len}")
         if positions is None:
             positions = torch.arange(time, device=tokens.device)
         x = self.dropout(self.embed(tokens))
-        rotation = rotary(positions, self.head_dim, self.rope_theta, torch.promote_types(x.dtype, torch.float32))
-        for block in self.blocks:
-            x = block(x, rotation)
-        return self.head(self.norm(x))
+        return x, rotary(positions, self.head_dim, self.rope_theta, torch.promote_types(x.dtype, torch.float32))
 
 
 class Block(nn.Module):
