@@ -35,6 +35,8 @@ def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def scale(tensors: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None:
     """Multiply every tensor by `factor` in place, wherever each is."""
     parts = local(tensors)
+    if not parts:  # this rank may hold nothing of them
+        return
     if not isinstance(factor, torch.Tensor):
         torch._foreach_mul_(parts, factor)
         return

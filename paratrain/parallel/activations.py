@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
@@ -33,10 +34,10 @@ class _Offloaded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        weights = _memory(self)
 
         def to_host(tensor: torch.Tensor) -> Any:
-            if type(tensor) not in (torch.Tensor, nn.Parameter) or _storage(tensor) in weights:
+            # not once for the block: the weights of modules inside that are sharded apart are gathered while it runs
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or _storage(tensor) in _memory(self):
                 return tensor
             host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
             return tensor.device, host.copy_(tensor, non_blocking=tensor.is_cuda)
@@ -113,7 +114,7 @@ class Budget:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
 
 
 def _memory(block: nn.Module) -> set[int]:
