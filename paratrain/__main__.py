@@ -97,16 +97,22 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _inspect(arguments: list[str]) -> int:
-    """what a checkpoint holds, and whether it is damaged: inspect PATH [--quick]"""
+    """what a checkpoint holds, and whether it is damaged: inspect PATH [--quick]; or which experts go where: inspect model=moe parallel.ep=2"""
     from pathlib import Path
 
     from paratrain.checkpoint.convert import describe
 
     parser = argparse.ArgumentParser(prog="paratrain inspect", description=_inspect.__doc__)
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", nargs="+", help="a checkpoint; or a configuration: group=choice, key=value")
     parser.add_argument("--quick", action="store_true", help="do not read and verify the data")
     asked = parser.parse_args(arguments)
-    text, sound = describe(asked.path, verify=not asked.quick)
+    if len(asked.path) > 1 or ("=" in asked.path[0] and not Path(asked.path[0]).exists()):
+        from paratrain._hydra import load_config
+        from paratrain.parallel import experts
+
+        print(experts.describe(load_config(asked.path)))
+        return 0
+    text, sound = describe(Path(asked.path[0]), verify=not asked.quick)
     print(text)
     return 0 if sound else 1
 

@@ -49,12 +49,12 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         model_fn,
         cfg,
         device,
-        sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or cfg.parallel.pp > 1 or cfg.parallel.tp > 1,
+        sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or max(cfg.parallel.pp, cfg.parallel.tp, cfg.parallel.ep) > 1,
     )
     freeze.apply(planned.model, cfg.freeze)
     blueprint = _blueprint(planned.model)
     laid_out = layout.apply(planned, axes, cfg, device)
-    elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else ()
+    elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else laid_out.experts.elsewhere
     optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)

@@ -61,10 +61,31 @@ def _pipeline(cfg: Config) -> Faults:
         yield Fault("strategy.comm_hook", reason), ("parallel.pp",)
 
 
+def _experts(cfg: Config) -> Faults:
+    ep, strategy = cfg.parallel.ep, cfg.strategy
+    if ep == 1:
+        if cfg.parallel.ep_plan != "auto":
+            yield Fault("parallel.ep_plan", "is read under expert parallelism only; write parallel.ep=2"), ("parallel.ep",)
+        return
+    if isinstance(strategy, Single):
+        yield Fault("parallel.ep", f"{ep}, but strategy=single is one process; write strategy=ddp"), ("strategy",)
+    if isinstance(strategy, DDP) and (strategy.comm_hook != "none" or strategy.static_graph):
+        option = "comm_hook" if strategy.comm_hook != "none" else "static_graph"
+        reason = "belongs to DistributedDataParallel, which does not know experts on several ranks; leave it out"
+        yield Fault(f"strategy.{option}", reason), ("parallel.ep",)
+    if cfg.parallel.tp > 1:
+        yield Fault("parallel.ep", f"{ep} together with parallel.tp is not built yet; write 1 for one of them"), ("parallel.tp",)
+    if cfg.memory.recompute in ("selective", "auto"):
+        why = "decides on each rank alone" if cfg.memory.recompute == "auto" else "cannot replay the collectives inside a block"
+        reason = f"{cfg.memory.recompute} {why}, but all ranks must exchange rows together; write full or none"
+        yield Fault("memory.recompute", reason), ("parallel.ep",)
+    if cfg.compile is not False:
+        reason = "how many rows an expert gets is known while running only, which compiled blocks cannot wait for yet; write compile=false"
+        yield Fault("compile", reason), ("parallel.ep",)
+
+
 def _parallel(cfg: Config) -> Faults:
     parallel, strategy = cfg.parallel, cfg.strategy
-    if parallel.ep > 1:
-        yield Fault("parallel.ep", f"{parallel.ep} is not built yet in this version of paratrain; write parallel.ep=1"), ()
     for axis in ("tp", "pp"):
         if parallel.cp > 1 and getattr(parallel, axis) > 1:
             yield (
@@ -72,6 +93,7 @@ def _parallel(cfg: Config) -> Faults:
                 (f"parallel.{axis}",),
             )
     yield from _pipeline(cfg)
+    yield from _experts(cfg)
     if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):
         yield (
             Fault("parallel.sp" if parallel.sp else "parallel.tp_plan", "is read under tensor parallelism only; write parallel.tp=2"),

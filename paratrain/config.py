@@ -50,12 +50,15 @@ class Parallel:
     cp: int = key(1, "context parallel degree: ranks that share one sequence", minimum=1)
     tp: int = key(1, "tensor parallel degree: ranks that share one matrix", minimum=1)
     pp: int = key(1, "pipeline parallel degree: stages", minimum=1)
-    ep: int = key(1, "expert parallel degree", minimum=1)
+    ep: int = key(1, "expert parallel degree: ranks that share the experts of a mixture, and see different samples", minimum=1)
     sp: bool = key(False, "sequence parallelism: between matrix products, the ranks of tp hold parts of each sequence")
     tp_plan: Literal["auto", "model"] | dict[str, str] = key(
         "auto",
         "what tp splits. auto: found by following the model's forward; model: what a Hugging Face model declares; or globs on module or "
         "parameter names -> colwise, rowwise, vocab, replicate (colwise/3: three matrices fused into one)",
+    )
+    ep_plan: Literal["auto"] | list[str] = key(
+        "auto", "what ep deals to ranks. auto: found from the structure; or globs on names of modules of experts"
     )
 
 

@@ -87,6 +87,7 @@ class Engine:
         watched = cfg.precision.fallback.policy != "off"
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._slots = self._slots_of_params()
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
@@ -265,7 +266,8 @@ class Engine:
         self._layout.settle()
         state = {}
         with averaged(self.optimizers):
-            entries = self.model.state_dict().items() if self._layout.pipeline is None else self._layout.pipeline.whole_state()
+            pipeline, experts = self._layout.pipeline, self._layout.experts
+            entries = experts.whole_state(self.model) if pipeline is None else pipeline.whole_state()
             for name, value in entries:
                 if isinstance(value, torch.Tensor):
                     whole = gradients.whole(self._layout.placed.natural(name, value))  # one at a time: never all of them on the device
@@ -558,7 +560,9 @@ class Engine:
             optimizer.step()
 
     def _total_norm(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
-        return gradients.total_norm(grads, self.device)
+        return (
+            self._layout.experts.norm(self.model, self.device) if self._layout.experts.owners else gradients.total_norm(grads, self.device)
+        )
 
     def _scalar(self, value: torch.Tensor | float) -> Scalar:
         if self.device.type == "cpu":
@@ -584,19 +588,32 @@ class Engine:
         own, used = (*self._window, *self._votes), self._layout.used
         if used is None:
             return self._sum_over_ranks(own)
+        slots, size = self._slots
         here = [param in used for param in self._params]
         used.clear()
-        users = torch.tensor(here, dtype=torch.float64).to(self.device, non_blocking=True)
+        marks = [0.0] * size
+        for slot, mark in zip(slots, here, strict=True):
+            marks[slot] = float(mark)
+        users = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         if self.mesh.loss is self.mesh.weights:
             together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.weights)
             totals, users = self._scalars(together[: len(own)]), together[len(own) :]
         else:
             totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.weights)
         if not all(here):  # only then is there anything to wait for
-            for param, count in zip(self._params, users.tolist(), strict=True):
-                if not count:
+            counts = users.tolist()
+            for slot, param in zip(slots, self._params, strict=True):
+                if not counts[slot]:
                     param.grad = None
         return totals
+
+    def _slots_of_params(self) -> tuple[list[int], int]:
+        """Where each parameter stands among those of all data ranks, and how many these are: ranks of ep may hold others by name."""
+        if not self._layout.experts.owners:
+            return list(range(len(self._params))), len(self._params)
+        position = {name: index for index, name in enumerate(self._layout.experts.forms)}
+        names = self._names()
+        return [position[names[param]] for param in self._params], len(position)
 
     def _vector(self, values: Sequence[Scalar]) -> torch.Tensor:
         return torch.stack([on_device(value, self.device) for value in values])

@@ -18,7 +18,7 @@ from paratrain import backends
 from paratrain.config import Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import activations, batch_norm, blocks, compile, context, ddp, materialise, pipeline, recompute, tensor
+from paratrain.parallel import activations, batch_norm, blocks, compile, context, ddp, experts, materialise, pipeline, recompute, tensor
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
@@ -42,6 +42,7 @@ class Layout:
         backward: runs the backward of a scaled loss.
         placed: what tensor parallelism split.
         context: splits sequences, where several ranks share each.
+        experts: whose experts the ranks of ep hold.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Layout:
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     placed: Placed = field(default_factory=Placed)
     context: Context | None = None
+    experts: experts.Experts = field(default_factory=experts.Experts)
 
 
 def is_sharded(mesh: Mesh, cfg: Config) -> bool:
@@ -70,13 +72,16 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     plan = tensor.planned(model, mesh, cfg)
+    found = experts.planned(model, cfg)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
     units = stages.units if stages else units
     placed = tensor.place(model, mesh, cfg, plan)
+    dealt = experts.place(model, mesh, found, planned.forms, device)
+    units = dealt.outside(units)
     sequences = context.apply(model, units, mesh, cfg)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
-    if placed.plan and ranks > 1 and not isinstance(cfg.strategy, Sharded):
+    if (placed.plan or found) and ranks > 1 and not isinstance(cfg.strategy, Sharded):
         cfg = replace(cfg, strategy=Zero1())  # over one shard rank: plain replication, by the machinery that knows DTensors
     recompute.apply(units, model, cfg)
     compile.apply(units, model, cfg)
@@ -85,7 +90,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         backends.fill(planned, cfg, device)
         return Layout(model, model)
     if is_sharded(mesh, cfg):
-        sharded = shard(model, units, mesh, cfg)
+        sharded = shard(model, units, mesh, cfg, dealt.modules)
         materialise.fill(planned, cfg, device)
         placed.keep(model)
         if stages:
@@ -95,7 +100,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
                 run.forward,
                 average=ranks,
                 settle=sharded.settle,
-                reduce=_both(sharded.reduce, run.reduce),
+                reduce=_in_turn(sharded.reduce, dealt.reduce, run.reduce),
                 used=sharded.used,
                 pipeline=run,
                 placed=placed,
@@ -106,11 +111,12 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             sharded.no_sync,
             ranks,
             sharded.settle,
-            sharded.reduce,
+            _in_turn(sharded.reduce, dealt.reduce),
             sharded.used,
             rehearsal=sharded.rehearsal,
             placed=placed,
             context=sequences,
+            experts=dealt,
         )
     materialise.fill(planned, cfg, device)
     placed.keep(model)
@@ -123,10 +129,10 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     return Layout(model, wrapped, wrapped.no_sync, ranks, rehearsal=wrapped.no_sync, context=sequences)
 
 
-def _both(first: Callable[[Sequence[torch.Tensor]], None], then: Callable[[Sequence[torch.Tensor]], None]) -> Callable:
+def _in_turn(*steps: Callable[[Sequence[torch.Tensor]], None]) -> Callable[[Sequence[torch.Tensor]], None]:
     def run(params: Sequence[torch.Tensor]) -> None:
-        first(params)
-        then(params)
+        for step in steps:
+            step(params)
 
     return run
 

@@ -20,8 +20,8 @@ from paratrain.errors import UserError
 if TYPE_CHECKING:
     from paratrain.config import Config
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp peers are neighbours, inside a node
-DATA = ("dp_replicate", "dp_shard")  # axes whose ranks see different samples
+AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")  # outermost first: tp peers are neighbours, inside a node
+DATA = ("dp_replicate", "dp_shard", "ep")  # axes whose ranks see different samples
 _MADE: dict[tuple[Any, tuple], Mesh] = {}  # (default process group, (device type, *degrees)) -> its mesh
 
 
@@ -38,8 +38,10 @@ def degrees(cfg: Config, ranks: int) -> dict[str, int]:
         )
     fills = "dp_replicate" if cfg.strategy.name in ("single", "ddp") or (cfg.strategy.name == "hsdp" and asked["dp_shard"]) else "dp_shard"
     if cfg.strategy.name == "hsdp" and asked["dp_replicate"] is asked["dp_shard"] is None:
-        asked |= {"dp_replicate": -1, "dp_shard": math.gcd(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))}
-    for axis in DATA:
+        inside = math.prod(asked[axis] for axis in ("ep", "cp", "tp"))  # what a node holds of these leaves fewer of its ranks to shard over
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // inside
+        asked |= {"dp_replicate": -1, "dp_shard": math.gcd(ranks // (inside * asked["pp"]), node) or 1}
+    for axis in ("dp_replicate", "dp_shard"):
         if asked[axis] is None:
             asked[axis] = -1 if axis == fills and -1 not in asked.values() else 1
     free = [axis for axis, degree in asked.items() if degree == -1]
@@ -68,10 +70,11 @@ class Mesh:
 
     Attributes:
         root: every axis of `AXES`, outermost first.
-        data: dp_replicate x dp_shard flattened: the ranks that see different samples.
+        data: dp_replicate x dp_shard x ep flattened: the ranks that see different samples.
         weights: data x cp flattened: the ranks whose gradients of the same weights are added.
         loss: pp x data x cp flattened: the ranks that hold parts of the loss of a step.
-        shard: what `fully_shard` shards over: dp_shard x cp, or dp_replicate x (dp_shard x cp) where there are replicas.
+        shard: what `fully_shard` shards over: dp_shard x ep x cp, or dp_replicate x (dp_shard x ep x cp) where there are replicas.
+        expert_shard: likewise for the weights of experts, of which the ranks of ep hold different ones: without ep.
     """
 
     root: DeviceMesh
@@ -79,6 +82,7 @@ class Mesh:
     weights: DeviceMesh
     loss: DeviceMesh
     shard: DeviceMesh
+    expert_shard: DeviceMesh
 
 
 def build(cfg: Config, device_type: str) -> Mesh:
@@ -97,11 +101,14 @@ def build(cfg: Config, device_type: str) -> Mesh:
 def _build(shape: dict[str, int], device_type: str) -> Mesh:
     root = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=AXES)
     weights = data = flatten_mesh(root[DATA], "dp")
-    shard = root["dp_shard"]
     if shape["cp"] > 1:
-        weights, shard = flatten_mesh(root[(*DATA, "cp")], "weights"), flatten_mesh(root[("dp_shard", "cp")], "dp_shard_cp")
+        weights = flatten_mesh(root[(*DATA, "cp")], "weights")
     loss = flatten_mesh(root[("pp", *DATA, "cp")], "loss") if shape["pp"] > 1 else weights
-    if shape["dp_replicate"] > 1:
-        assert shard.mesh_dim_names is not None
-        shard = root[("dp_replicate", shard.mesh_dim_names[0])]
-    return Mesh(root, data, weights, loss, shard)
+
+    def shard(*inside: str) -> DeviceMesh:
+        axes = ("dp_shard", *(axis for axis in inside if shape[axis] > 1))
+        sharded = flatten_mesh(root[axes], "_".join(axes)) if len(axes) > 1 else root["dp_shard"]
+        assert sharded.mesh_dim_names is not None
+        return root[("dp_replicate", sharded.mesh_dim_names[0])] if shape["dp_replicate"] > 1 else sharded
+
+    return Mesh(root, data, weights, loss, shard("ep", "cp"), shard("cp"))

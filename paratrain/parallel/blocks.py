@@ -64,8 +64,8 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
     eligible = [child for child in children if any(child.children()) or (leaves and is_stack)]
     eligible = [child for child in eligible if type(child).forward is not nn.Module.forward]
     classes = Counter(type(child) for child in eligible)
-    like = Counter(map(_structure, eligible)) if is_stack else Counter()
-    repeated = {type(child) for child in eligible if like[_structure(child)] > 1} if is_stack else set()
+    like = Counter(map(structure, eligible)) if is_stack else Counter()
+    repeated = {type(child) for child in eligible if like[structure(child)] > 1} if is_stack else set()
     found = []
     for child in children:
         if type(child).__name__ in declared or (child in eligible and type(child) in repeated):
@@ -81,7 +81,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _structure(module: nn.Module) -> tuple:
+def structure(module: nn.Module) -> tuple:
     """What two modules have in common when they are copies but for their values."""
     classes = tuple((name, type(child)) for name, child in module.named_modules())
     return classes, tuple((name, param.shape) for name, param in module.named_parameters())

@@ -90,7 +90,7 @@ class _Recomputed(nn.Module):
         run = partial(super().forward, **kwargs)
         if self._budget is not None:
             if not self._budget.knows(self._block_name, (args, kwargs)):
-                with _scratch_buffers(self, nullcontext()):
+                with scratch_buffers(self, nullcontext()):
                     self._budget.note(self._block_name, (args, kwargs), measure(self, run, args))
             elif not self._budget.recomputes(self._block_name):
                 return run(*args)
@@ -104,7 +104,7 @@ class _Recomputed(nn.Module):
 
 def _with_scratch_buffers(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     forward, again = contexts()
-    return forward, _scratch_buffers(block, again)
+    return forward, scratch_buffers(block, again)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -112,7 +112,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 @contextmanager
-def _scratch_buffers(block: nn.Module, again: Any) -> Iterator[None]:
+def scratch_buffers(block: nn.Module, again: Any) -> Iterator[None]:
     """Let the second forward update copies of the buffers: running statistics have seen this batch already."""
     kept = [(module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items() if buffer is not None]
     for module, name, buffer in kept:

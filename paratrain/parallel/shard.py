@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
 from paratrain.compat import track_gradients, without_communication
@@ -92,45 +93,58 @@ class ShardedModel:
             param.grad = grad.clone()
 
 
-def shard(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], mesh: Mesh, cfg: Config) -> ShardedModel:
+def shard(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], mesh: Mesh, cfg: Config, experts: Sequence[tuple[str, nn.Module]] = ()
+) -> ShardedModel:
     """Shard `model` in place over `mesh.shard`. Parameters may be on meta; they are DTensors afterwards, on meta still.
 
     Gradients are averaged over the data ranks, in float32 where they are computed in less. Ranks may differ in which parameters
     of a block they use, but all must call the same blocks in the same order.
+
+    Args:
+        experts: modules of which the ranks of ep hold different parts; they are sharded over `mesh.expert_shard`, apart from their blocks.
 
     Raises:
         UserError: for options that do not fit these ranks or this model.
     """
     options = cfg.strategy
     assert isinstance(options, Sharded)
-    _check(options, mesh)
+    _check(options, mesh.shard.size(-1), "shard ranks")
+    if experts:
+        _check(options, mesh.expert_shard.size(-1), "shard ranks of an expert")
     sharded = ShardedModel(model, mesh.weights.get_group(), options, cfg.strategy.name)
     settings: dict[str, Any] = {
-        "mesh": mesh.shard,
         "mp_policy": _dtypes(cfg),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
         if cfg.memory.offload == "params"
         else OffloadPolicy(),
         "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
     }
-    _refuse_mixed_dtypes([*reversed(blocks), ("the root", model)])
+    _refuse_mixed_dtypes([*experts, *reversed(blocks), ("the root", model)])
+    for _, module in experts:
+        evenly = partial(_evenly, ranks=mesh.expert_shard.size(-1))
+        again = options.reshard_after_forward
+        fully_shard(module, mesh=mesh.expert_shard, reshard_after_forward=again, shard_placement_fn=evenly, **settings)
     for name, block in reversed(blocks):  # a block inside a block first
         _check_outputs_once(name, block)
-        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **settings)
-    fully_shard(model, reshard_after_forward=False, **settings)
+        fully_shard(block, mesh=mesh.shard, reshard_after_forward=options.reshard_after_forward, **settings)
+    fully_shard(model, mesh=mesh.shard, reshard_after_forward=False, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             track_gradients(module, sharded.used)
     return sharded
 
 
-def _check(options: Sharded, mesh: Mesh) -> None:
-    ranks = mesh.shard.size(-1)
+def _evenly(param: nn.Parameter, ranks: int) -> Shard | None:
+    """The first dim that the ranks divide: a rank may hold fewer experts than there are ranks to share them."""
+    sizes = (param.to_local() if isinstance(param, DTensor) else param).shape
+    return next((Shard(dim) for dim, size in enumerate(sizes) if size % ranks == 0), None)
+
+
+def _check(options: Sharded, ranks: int, what: str) -> None:
     over = options.reshard_after_forward
     if not isinstance(over, bool) and (over < 2 or ranks % over):
-        raise UserError(
-            f"strategy.reshard_after_forward={over}: must be true, false or a divisor of the {ranks} shard ranks that is at least 2"
-        )
+        raise UserError(f"strategy.reshard_after_forward={over}: must be true, false or a divisor of the {ranks} {what} that is at least 2")
 
 
 def _dtypes(cfg: Config) -> MixedPrecisionPolicy:

@@ -76,7 +76,7 @@ def verify(
         return dataclasses.replace(traces, setup=setup, seconds=time.monotonic() - began)
     policy = POLICIES[cfg.precision.name]
     result = compare(reference, noise, traces, policy.autocast_dtype or policy.param_dtype)
-    split = [axis for axis in ("tp", "pp", "cp") if getattr(cfg.parallel, axis) > 1]
+    split = [axis for axis in ("tp", "pp", "cp", "ep") if getattr(cfg.parallel, axis) > 1 and traces[0].extra.get("split")]
     notes = _notes(result, reference) if not split else []
     if split:
         notes.append(
@@ -267,7 +267,7 @@ def _before(key: Key) -> Key | None:
 
 def _describe(job: Job) -> dict[str, Any]:
     cfg = job.cfg
-    asked = {axis: getattr(cfg.parallel, axis, None) for axis in (*AXES, "ep")}
+    asked = {axis: getattr(cfg.parallel, axis, None) for axis in AXES}
     degrees = [f"{axis}={degree}" for axis, degree in asked.items() if degree not in (None, 1)]
     layout = " ".join([f"strategy={cfg.strategy.name}", *degrees, f"on {job.ranks} ranks"])
     return {

@@ -104,6 +104,7 @@ class Recorder:
             self.trace.extra["hidden"] = ("gradient", "clipped gradient")  # a rank has some of them, or none
         if is_split(engine):  # a rank holds parts of tensors: what is compared is the model put together, and what training reports
             self.trace.extra["hidden"] = (*_OF_PARTS, "weight", "initial weight")
+            self.trace.extra["split"] = True
         self.micro = -1
         self.sizes: list[tuple[int, int]] = []  # (samples, those that count) of each micro-batch
         self.calls: Counter[str] = Counter()
@@ -293,9 +294,9 @@ class Recorder:
 
 
 def is_split(engine: Engine) -> bool:
-    """Whether ranks hold parts of one model or of one sequence: under tp, pp or cp."""
+    """Whether ranks hold parts of one model or of one sequence: under tp, pp or cp, and where ep deals out whole modules."""
     root = engine.mesh.root
-    return any(root[axis].size() > 1 for axis in ("tp", "pp", "cp"))
+    return any(root[axis].size() > 1 for axis in ("tp", "pp", "cp")) or bool(engine._layout.experts.owners)
 
 
 def generator_digest() -> str:
