@@ -202,6 +202,11 @@ def _known_factors(e: Evidence) -> Iterator[tuple[float, str, str, str, str]]:
             "gradients are clipped or applied before they are unscaled",
             "precision.loss_scale",
         )
+    ep = e.cfg.parallel.ep
+    if ep > 1 and ("expert" in e.key.name.lower() or ep != n):
+        cause = "the all-to-all has added up what the ranks of ep contribute, and the reduction over those that share an expert divides by fewer"
+        yield ep, "expert scale", f"{ep} is the degree of axis ep", cause, "parallel.ep"
+        yield 1 / ep, "expert scale", f"1/{ep} is one over the degree of axis ep", "divided by the ranks of ep twice", "parallel.ep"
     if n > 1:
         yield (
             1 / n,

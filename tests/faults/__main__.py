@@ -11,8 +11,8 @@ from .corpus import CORPUS
 
 HEAD = """# Detection table of verify
 
-Written by `python -m tests.faults` (torch {version}, CPU, gloo). Every fault is sown into the ranks of a `ddp` layout, the one process it
-is compared with stays sound. *Found*: exit code 1. *Explained*: the kind of error is the right one, and the explanation names the cause.
+Written by `python -m tests.faults` (torch {version}, CPU, gloo). Every fault is sown into the ranks of a `ddp` layout (that of experts: with `parallel.ep=2`),
+the one process it is compared with stays sound. *Found*: exit code 1. *Explained*: the kind of error is the right one, and the explanation names the cause.
 
 {found} of {total} found, {explained} of {total} explained; {seconds:.0f} s for all of them ({cores} cores).
 

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paratrain import engine as engines
 from paratrain import gradients, layout, rng, state
-from paratrain.config import DDP, Config, LossScale, Optimizer, Precision, Scheduler, SyntheticData, Trainer, Verify
+from paratrain.config import DDP, Config, LossScale, Optimizer, Parallel, Precision, Scheduler, SyntheticData, Trainer, Verify
 from paratrain.engine import Engine
+from paratrain.parallel.experts import Experts
 
 from . import models
 
@@ -267,6 +268,10 @@ def raise_on_one_rank() -> None:
     before(Engine, "_backward", fail)
 
 
+def experts_scaled_by_ep() -> None:
+    Experts.reduce = lambda self, params: None
+
+
 def mean_and_one(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
     total, count = models.token_loss(outputs, targets)
     return total / count, 1
@@ -284,6 +289,7 @@ def seeds_itself(sown: bool) -> nn.Module:
 
 SCALED = config(precision=Precision("16-mixed", LossScale(init=1024.0)), verify=Verify(dtype="configured"))
 LOCAL_NORM = config(trainer=Trainer(batch_norm="local", device="cpu"))
+EXPERTS = config(parallel=Parallel(ep=2))
 WARMUP = config(scheduler=Scheduler("constant", warmup_steps=10))
 
 CORPUS = [
@@ -321,5 +327,6 @@ CORPUS = [
     Fault("optimizer state not restored by a resume", state_not_loaded, "stale state", "optimizer state"),
     Fault("data repeated after a resume", data_from_the_start, "data after resume", "repeated"),
     Fault("state that no checkpoint holds", None, "stale state", "outside the checkpoint", build=lambda sown: models.Counting(), loss=lambda sown: models.square_loss, batches=models.vectors()),
+    Fault("expert gradients scaled by ep", experts_scaled_by_ep, "expert scale", "degree of axis ep", build=lambda sown: models.mixture(), cfg=EXPERTS, ranks=4),
     Fault("one rank fails", raise_on_one_rank, "exception", "ran out of something"),
 ]  # fmt: skip

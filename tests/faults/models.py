@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from paratrain.models.gpt import GPT
+from paratrain.models.moe import MoE
 
 VOCAB, LENGTH, DIM = 19, 6, 12
 
@@ -87,6 +88,10 @@ def conv_batch_norm() -> nn.Module:
 
 def gpt() -> nn.Module:
     return GPT(VOCAB, LENGTH, layers=2, dim=16, heads=2, kv_heads=1, ffn=32, dropout=0.1, tied=True)
+
+
+def mixture() -> nn.Module:
+    return MoE(VOCAB, LENGTH, layers=1, dim=16, heads=2, experts=4, top_k=2, ffn=16)
 
 
 def token_loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
