@@ -25,6 +25,7 @@ from paratrain.models.moe import Experts, Mixture, MoE, balanced_cross_entropy
 from paratrain.parallel import experts
 from paratrain.spawn import run
 from paratrain.verify import verify
+from paratrain.verify.callback import check_replicas
 
 
 def mixture(balance=True, top_k=2):
@@ -38,6 +39,8 @@ def loss(outputs, targets):
 def train(cfg, batches, build, loss_fn=loss):
     engine = setup(build, loss_fn, cfg)
     steps = [engine.train_step(engine.local(batch)) for batch in batches]
+    if cfg.parallel.pp == 1:
+        check_replicas(engine)
     return [s.loss for s in steps], [s.grad_norm for s in steps], engine.full_state_dict()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -209,31 +210,38 @@ def _find(model: nn.Module, cfg: Config) -> Plan:
             "three dims) and a forward that takes (rows, indices, weights), and no nn.ModuleList of like modules has 'expert' in its name; name "
             "such a list in parallel.ep_plan, write the mixture so, or write parallel.ep=1"
         )
-    shared = {id(param) for name, param in _shared(model)}
-    proven: dict[Any, str | None] = {}
+    shared = {id(param) for _, param in _shared(model)}
+    lists = Counter(name.rpartition(".")[0] for name, module in asked.items() if isinstance(module, nn.ModuleList))
+    known: dict[Any, Form | Listed | str] = {}
     found: Plan = {}
     for name, module in asked.items():
-        listed = isinstance(module, nn.ModuleList)
-        form = _list_structure(model, name, module, cfg) if isinstance(module, nn.ModuleList) else _structure(module)
-        reason = form if isinstance(form, str) else None
-        if listed and cfg.parallel.pp > 1:
-            reason = "a list of experts inside a stage of parallel.pp is not built yet"
-        if isinstance(form, Form | Listed):
-            if any(id(param) in shared for param in module.parameters()):
-                reason = "it shares parameters with another module"
-            elif isinstance(form, Form):
-                key = type(module), form, tuple((n, p.shape, p.dtype) for n, p in module.named_parameters())
-                if key not in proven:
-                    proven[key] = _disprove(module, form)
-                reason = proven[key]
-        if reason is not None:
+        key = blocks.structure(module), next((param.dtype for param in module.parameters()), None)
+        if key not in known:
+            known[key] = _understood(module, cfg)
+        form = known[key]
+        if any(id(param) in shared for param in module.parameters()):
+            form = "it shares parameters with another module"
+        elif isinstance(form, Listed) and lists[name.rpartition(".")[0]] > 1:
+            form = "the module around them has several lists"
+        elif isinstance(form, Listed) and cfg.parallel.pp > 1:
+            form = "a list of experts inside a stage of parallel.pp is not built yet"
+        if isinstance(form, str):
             raise UserError(
-                f"parallel.ep={cfg.parallel.ep}: the experts of {name} ({type(module).__name__}) cannot be dealt to ranks: {reason}; "
+                f"parallel.ep={cfg.parallel.ep}: the experts of {name} ({type(module).__name__}) cannot be dealt to ranks: {form}; "
                 "name the modules that can in parallel.ep_plan=[...], or write parallel.ep=1"
             )
-        assert not isinstance(form, str)
         found[name] = form
     return found
+
+
+def _understood(module: nn.Module, cfg: Config) -> Form | Listed | str:
+    """How the experts of a module are called, proven; or why they cannot be dealt to ranks."""
+    if not isinstance(module, nn.ModuleList):
+        form = _structure(module)
+        return form if isinstance(form, str) else _disprove(module, form) or form
+    if len({blocks.structure(expert) for expert in module}) != 1 or not any(True for _ in module.parameters()):
+        return "they are not alike"
+    return expert_lists.describe(module, POLICIES[cfg.precision.name].autocast("cpu"))
 
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -260,18 +268,6 @@ def _is_list(name: str, module: nn.Module) -> bool:
         and len(module) > 1
         and any(True for _ in module.parameters())
     )
-
-
-def _list_structure(model: nn.Module, name: str, module: nn.ModuleList, cfg: Config) -> Listed | str:
-    if len({blocks.structure(expert) for expert in module}) != 1 or not any(True for _ in module.parameters()):
-        return "they are not alike"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if (
-        sum(isinstance(child, nn.ModuleList) and _is_list("expert", child) for child in parent.children()) > 1
-        and cfg.parallel.ep_plan == "auto"
-    ):
-        return "the module around them has several lists"
-    return expert_lists.describe(module, POLICIES[cfg.precision.name].autocast("cpu"))
 
 
 def _structure(module: nn.Module) -> Form | str:

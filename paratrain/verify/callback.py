@@ -46,15 +46,23 @@ class ReplicaCheck(Callback):
 def check_replicas(engine: Engine) -> None:
     """Raise a `UserError` if ranks that should hold the same weights do not; every rank must call it."""
     named = dict(engine.model.named_parameters())
-    tensors: list[tuple[str, Tensor]] = [(f"parameter {name}", param) for name, param in named.items()]
-    tensors += [(f"gradient of {name}", param.grad) for name, param in named.items() if param.grad is not None]
-    mine = torch.stack([torch.stack([fingerprint(_local(tensor)), _shard(tensor, engine)]) for _, tensor in tensors])
+    tensors: list[tuple[str, Tensor, int]] = []
+    for kind in ("parameter", "gradient of"):
+        for name, param in named.items():
+            tensor = param if kind == "parameter" else param.grad
+            if tensor is not None:
+                tensors.append(
+                    (f"{kind} {name}", tensor, _shard(tensor) * engine._layout.experts.ranks + engine._layout.experts.owners.get(name, 0))
+                )
+    mine = torch.stack(
+        [torch.stack([fingerprint(_local(tensor)), torch.tensor(shard, device=_local(tensor).device)]) for _, tensor, shard in tensors]
+    )
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     table = torch.stack(every).cpu()
     if bool((table == table[0]).all()):
         return
-    found = [problem for index, (name, _) in enumerate(tensors) if (problem := _desync(name, table[:, index]))]
+    found = [problem for index, (name, _, _) in enumerate(tensors) if (problem := _desync(name, table[:, index]))]
     if found:
         more = f" (and {len(found) - 1} more tensors)" if len(found) > 1 else ""
         raise UserError(
@@ -81,7 +89,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard(tensor: Tensor, engine: Engine) -> Tensor:
+def _shard(tensor: Tensor) -> int:
     """Which shard this rank holds: ranks with the same number hold replicas of it."""
     number = 0
     if isinstance(tensor, DTensor):
@@ -89,7 +97,7 @@ def _shard(tensor: Tensor, engine: Engine) -> Tensor:
         assert coordinates is not None
         for size, place, coordinate in zip(tensor.device_mesh.shape, tensor.placements, coordinates, strict=True):
             number = number * size + (0 if isinstance(place, Replicate) else coordinate)
-    return torch.tensor(number, device=_local(tensor).device)
+    return number
 
 
 def _desync(name: str, column: Tensor) -> str | None:
