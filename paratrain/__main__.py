@@ -76,22 +76,29 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    """weights of a checkpoint in another format: convert SRC DST --to safetensors|safetensors-sharded|hf|torch|dcp"""
+    """a checkpoint in another format: convert SRC DST --to safetensors|safetensors-sharded|hf|torch|dcp (weights), paratrain|deepspeed (all)"""
     from pathlib import Path
 
     import torch
 
-    from paratrain.checkpoint.convert import FORMATS, convert
+    from paratrain.checkpoint.convert import FORMATS, RUNS, convert, convert_run
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     parser = argparse.ArgumentParser(prog="paratrain convert", description=_convert.__doc__)
-    parser.add_argument("source", type=Path, help="a checkpoint, a run, .safetensors, .pt, or a directory of Hugging Face or torch DCP")
+    parser.add_argument(
+        "source", type=Path, help="a checkpoint, a run, .safetensors, .pt, or a directory of Hugging Face, torch DCP or DeepSpeed"
+    )
     parser.add_argument("target", type=Path, help="file or directory to write; it must not exist")
-    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--to", choices=(*FORMATS, *RUNS), required=True)
     parser.add_argument("--dtype", choices=dtypes, help="convert floating-point weights to this")
     parser.add_argument("--hf-config", type=Path, help="config.json of the Hugging Face model, where the source has none")
     asked = parser.parse_args(arguments)
-    names = convert(asked.source, asked.target, asked.to, dtypes.get(asked.dtype), asked.hf_config)
+    if asked.to in RUNS:
+        if asked.dtype or asked.hf_config:
+            parser.error(f"--dtype and --hf-config are for weights alone, --to {asked.to} keeps all of a run")
+        names = convert_run(asked.source, asked.target, asked.to)
+    else:
+        names = convert(asked.source, asked.target, asked.to, dtypes.get(asked.dtype), asked.hf_config)
     print(f"{asked.target}: {len(names)} tensors")
     return 0
 

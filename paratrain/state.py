@@ -3,8 +3,10 @@
     tensors    model/<name>                 every entry of the user's own state_dict
                optimizer/<parameter>/<key>  whichever optimizer or group holds the parameter
                ema/<parameter>              its moving average; may be absent, and be left out by who asks for none
-    meta       counters, loss scale, the configuration, what the caller adds (data position, callbacks)
+    meta       seed, counters, loss scale, the configuration, what the caller adds (data position, callbacks)
     rank_meta  generators of the user's program (`random`, numpy, torch), for each rank
+
+A run converted from another program's has the seed None and no generators: its data had an order of its own.
 
 The schedule and the randomness of the step are functions of the counters (see `optim/schedules.py`, `rng.py`), so they need no
 entry of their own.
@@ -76,14 +78,14 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
 
     def prepare() -> None:
         manifest = checkpoint.read(path)
-        _check(manifest.meta, manifest.rank_meta)
+        _check(manifest.meta, _generators(manifest.meta, manifest.rank_meta))
         saved = {name: (tensor.shape, tensor.dtype) for name, tensor in manifest.tensors.items()}
         prepared.extend(engine.prepare(saved))
 
     checkpoint.together(doing, prepare, None)
     tensors, finish = prepared
     meta, rank_metas = checkpoint.load(path, tensors, partial=f"{ema.PREFIX}*")
-    if meta["seed"] != engine.cfg.seed:
+    if meta["seed"] not in (None, engine.cfg.seed):
         raise UserError(
             f"resume={path}: saved under seed={meta['seed']}, this job has seed={engine.cfg.seed}; the data order would not continue"
         )
@@ -91,8 +93,9 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     def restore() -> None:
         finish()
         engine.restore(meta["engine"])
-        if rank() < len(rank_metas):
-            checkpoint.set_rng_state(rank_metas[rank()]["rng"])
+        generators = _generators(meta, rank_metas)
+        if rank() < len(generators):
+            checkpoint.set_rng_state(generators[rank()]["rng"])
         else:
             log.info("rank %d is new: its Python and numpy generators start afresh", rank())
 
@@ -100,10 +103,14 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     return meta["extra"]
 
 
+def _generators(meta: dict[str, Any], rank_metas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [] if meta.get("seed") is None else rank_metas
+
+
 def _check(meta: dict[str, Any], rank_metas: list[dict[str, Any]]) -> None:
     """Whether this is what `capture` made, field by field: a checkpoint may come from anywhere."""
     engine = meta.get("engine")
-    if not isinstance(engine, dict) or type(meta.get("seed")) is not int or not isinstance(meta.get("extra"), dict):
+    if not isinstance(engine, dict) or type(meta.get("seed")) not in (int, type(None)) or not isinstance(meta.get("extra"), dict):
         raise CheckpointError("it holds tensors, but not the state of a training run (no seed, engine or extra)")
     unit, scaler = engine.get("unit"), engine.get("scaler")
     good = all(type(engine.get(key)) is int and engine[key] >= 0 for key in ("global_step", "updates")) and _is_number(

@@ -359,7 +359,11 @@ class Trainer:
         return False
 
     def _restore(self, path: Path) -> None:
-        extra = resume.checked_extra(self.engine.load(path), path)
+        extra = self.engine.load(path)
+        if checkpoint.read_meta(path)["seed"] is None:
+            log.info("resumed from %s, a converted run, at step %d of this job's own data", path, self.engine.global_step)
+            return
+        extra = resume.checked_extra(extra, path)
         for name, mine in self._data_identity().items():
             saved = extra["data"].get(name)
             if saved != mine:

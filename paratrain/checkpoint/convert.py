@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from paratrain.checkpoint import sources
+from paratrain.checkpoint import deepspeed, sources
 from paratrain.checkpoint.directory import beside, check, read
 from paratrain.checkpoint.manifest import DTYPE_NAMES, CheckpointError
+from paratrain.checkpoint.storage import load, save
 from paratrain.errors import UserError
 
 FORMATS = ("safetensors", "safetensors-sharded", "hf", "torch", "dcp")
+RUNS = ("paratrain", "deepspeed")
+"""Formats that keep optimizer states and counters too, each made from the other."""
 _SHARD = 5 << 30
 _HF_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
@@ -68,6 +71,64 @@ def convert(
         raise CheckpointError(f"{target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    return list(tensors)
+
+
+def convert_run(source: Path, target: Path, to: str) -> list[str]:
+    """Write the weights, optimizer states and counters of `source` to the directory `target`, which must not exist; returns the names.
+
+    What the other program does not know stays behind: the data position, generators, averages of the weights, options of the optimizer.
+
+    Args:
+        source: a checkpoint of DeepSpeed's, or with `to=deepspeed` one of paratrain's.
+        to: one of `RUNS`.
+
+    Raises:
+        UserError, CheckpointError: as `convert`.
+    """
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists: it will not be replaced; delete it, or write elsewhere")
+    found = sources.kind(source)
+    if found == to or found not in RUNS:
+        raise UserError(
+            f"{source}: holds {found}, and --to {to} takes a checkpoint of {next(run for run in RUNS if run != to)}, optimizer states included; "
+            f"weights alone go to {', '.join(FORMATS)}"
+        )
+    if to == "paratrain":
+        return _from_deepspeed(source, target)
+    return _to_deepspeed(sources.own_directory(source), target)
+
+
+def _from_deepspeed(source: Path, target: Path) -> list[str]:
+    run = deepspeed.read(source)
+    counters: dict[str, Any] = {
+        "global_step": run.steps,
+        "updates": run.steps - run.skipped,
+        "counted": 0.0,
+        "unit": None,
+        "scaler": {"scale": run.loss_scale, "good_steps": 0, "skipped": run.skipped},
+        "fallback": None,
+        "optimizers": [],
+    }
+    save(target, run.tensors, {"seed": None, "engine": counters, "extra": {}})
+    return list(run.tensors)
+
+
+def _to_deepspeed(source: Path, target: Path) -> list[str]:
+    manifest = read(source)
+    counters = manifest.meta.get("engine")
+    if not isinstance(counters, dict) or not all(type(counters.get(key)) is int for key in ("global_step", "updates")):
+        raise CheckpointError(f"{source}: it holds tensors, but not the state of a training run")
+    tensors = {name: torch.empty(saved.shape, dtype=saved.dtype) for name, saved in manifest.tensors.items()}
+    load(source, tensors)
+    temporary = beside(target, "tmp")
+    try:
+        deepspeed.write(temporary, tensors, counters["global_step"], counters["global_step"] - counters["updates"])
+        os.rename(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return list(tensors)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ _DCP_NAMES = {
 
 
 def kind(path: Path) -> str:
-    """What `path` is: `paratrain`, `safetensors`, `torch`, `hf` or `dcp`.
+    """What `path` is: `paratrain`, `safetensors`, `torch`, `hf`, `dcp` or `deepspeed`.
 
     Raises:
         UserError: none of these; says what was looked for.
     """
+    from paratrain.checkpoint import deepspeed
+
     if path.is_file():
         if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
             return "safetensors"
@@ -49,11 +52,13 @@ def kind(path: Path) -> str:
         return "dcp"
     elif (path / "config.json").exists():
         return "hf"
+    elif deepspeed.find(path):
+        return "deepspeed"
     elif any(path.glob("*.safetensors")):
         return "safetensors"
     raise UserError(
         f"{path}: no weights there that can be read: looked for a checkpoint of paratrain or a run's directory, .safetensors, .pt, .pth or "
-        ".bin files, a Hugging Face directory (config.json), and torch.distributed.checkpoint's (.metadata)"
+        ".bin files, a Hugging Face directory (config.json), torch.distributed.checkpoint's (.metadata), and DeepSpeed's (latest, mp_rank_*)"
     )
 
 
@@ -71,6 +76,11 @@ def weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]
         return _dcp(path), None
     if found == "torch":
         return _torch(path), None
+    if found == "deepspeed":
+        from paratrain.checkpoint import deepspeed
+
+        tensors = deepspeed.read(path).tensors
+        return {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}, None
     config = _json(path / "config.json") if found == "hf" else None
     return _files(path), config
 
@@ -130,15 +140,7 @@ def _file(path: Path) -> dict[str, torch.Tensor]:
 
 def _torch(path: Path) -> dict[str, torch.Tensor]:
     """A state_dict, or the one under `state_dict`, `model` or `module` of what was saved."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: not only tensors: reading it would run code ({reason}); save a plain state_dict() instead"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    saved = unpickled(path)
     for name in ("state_dict", "model", "module"):
         if isinstance(saved, dict) and isinstance(saved.get(name), dict):
             saved = saved[name]
@@ -146,6 +148,28 @@ def _torch(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no state_dict")
     return tensors
+
+
+def unpickled(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
+    """What torch.save wrote, where that is tensors and plain values.
+
+    Args:
+        known: (class, full name) of further classes that the file may name, and what stands for them.
+
+    Raises:
+        CheckpointError: it is damaged, or names anything else, which would have to be run.
+    """
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        reason = f"it names {asked[1]}" if asked else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not only tensors: reading it would run code ({reason}); save a plain state_dict() instead"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 class _Metadata(pickle.Unpickler):
