@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: train test test-slow test-backends lint bench gpu gpu-packages clean
+.PHONY: train test test-slow lint bench gpu gpu-packages clean
 .DEFAULT_GOAL := train
 
 # Train a GPT on real text over 2 processes, and print text it writes.
@@ -17,11 +17,6 @@ test: lint
 # Every test, the minutes-long ones too.
 test-slow: .venv/installed
 	$(RUN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
-
-# The engines of other packages; `make test` skips what is not installed.
-test-backends: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[deepspeed,fairscale]'
-	$(RUN)/python -m pytest tests/test_backends.py tests/test_backends_apex.py -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -51,5 +46,5 @@ clean:
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "paratrain needs Python 3.11 or later, this is " + sys.version.split()[0] + "; write make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,deepspeed,fairscale]'
 	@touch $@

@@ -37,8 +37,8 @@ FP32 = Precision("32-true")
 
 
 def needs(package):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"{package} is not installed: pip install 'paratrain[{package}]', or make test-backends")
+    missing = importlib.util.find_spec(package) is None  # `make test` installs both
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed: pip install 'paratrain[{package}]'")
 
 
 FOREIGN = {
@@ -377,6 +377,7 @@ def test_verify(strategies):
         assert any("does not show" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @needs("deepspeed")
 def test_verify_finds_a_wrong_division():
     """A loss that counts other than it sums, on one rank alone, is found under DeepSpeed too."""
