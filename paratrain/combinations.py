@@ -13,6 +13,7 @@ from paratrain.config import (
     CustomData,
     DeepSpeed,
     DeepSpeedZero3,
+    FairScale,
     Foreign,
     HFData,
     Pipeline,
@@ -193,7 +194,14 @@ def _foreign(cfg: Config) -> Faults:
     if not isinstance(strategy, Foreign):
         return
     name = cfg.strategy.name
-    for axis in ("dp_replicate", "cp", "tp", "pp", "ep"):
+    if cfg.parallel.pp > 1 and isinstance(strategy, DeepSpeed):
+        reason = (
+            f"{cfg.parallel.pp}, but strategy={name} is data parallel only: DeepSpeed's own pipeline averages the means of micro-batches and ranks, which is "
+            "wrong for masked batches, and refuses ZeRO-2 and 3 ('ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism'); "
+            f"write strategy=fsdp parallel.pp={cfg.parallel.pp}, or leave it out"
+        )
+        yield Fault("parallel.pp", reason), ("strategy",)
+    for axis in ("dp_replicate", "cp", "tp", "ep", *(["pp"] if isinstance(strategy, FairScale) else [])):
         if getattr(cfg.parallel, axis) not in (None, 1):
             reason = f"{getattr(cfg.parallel, axis)}, but strategy={name} is data parallel only; write strategy=fsdp, or leave it out"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)

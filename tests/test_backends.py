@@ -247,6 +247,113 @@ def test_resume_under_the_same_engine_is_exact(strategies, tmp_path):
 
 
 @needs("deepspeed")
+def test_an_optimizer_that_keeps_numbers_of_a_parameter(tmp_path):
+    """NAdam's product of momenta is saved beside its step; Adagrad loses its groups in DeepSpeed's hands."""
+    batches = token_batches(4, 8, True)
+
+    def body(strategy):
+        cfg = replace(cfg_of(strategy, None), optimizer=Optimizer("torch.optim.NAdam", lr=1e-2))
+        engine = setup(build, token_loss, cfg)
+        for batch in batches[:2]:
+            engine.train_step(engine.local(batch))
+        engine.save(tmp_path / strategy.name)
+        again = setup(build, token_loss, cfg)
+        again.load(tmp_path / strategy.name)
+        losses = [[e.train_step(e.local(batch)).loss for batch in batches[2:]] for e in (engine, again)]
+        return losses, again.full_state_dict()
+
+    native, foreign = run(lambda: [body(strategy) for strategy in (DDP(), DeepSpeedZero2())], 2)[0]
+    for (kept, resumed), weights in (native, foreign):
+        assert kept == resumed
+        assert largest(weights, native[1]) < BOUND
+    with pytest.raises(UserError, match="builds it anew without its parameter groups"):
+        setup(build, token_loss, replace(cfg_of(DeepSpeedZero1()), optimizer=Optimizer("torch.optim.Adagrad", lr=1e-2)))
+
+
+@needs("fairscale")
+def test_parameters_that_no_rank_uses():
+    """A rank of SDDP may own nothing that was used: it scales no gradient, and takes part in the step."""
+
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.never = nn.Linear(4, 3), nn.Linear(4, 9)
+
+        def forward(self, x):
+            return self.used(x)
+
+    def model():
+        torch.manual_seed(5)
+        return Unused()
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 4, generator=generator), torch.randn(4, 3, generator=generator)) for _ in range(3)]
+
+    def squares(outputs, targets):
+        return (outputs - targets).square().sum(), targets.numel()
+
+    expected = train_by_hand(model(), batches, loss_fn=squares)
+
+    def body():
+        return [train(cfg_of(strategy), batches, model, squares) for strategy in (FairScaleOSS(), FairScaleSDDP())]
+
+    for result in run(body, 2)[0]:
+        assert_close(result, expected)
+
+
+@needs("fairscale")
+def test_megatron_layers_of_fairscale_become_native_ones():
+    """A model written for them trains split by `parallel.tp` as one process does; built over several ranks it is refused."""
+    from reference import DIM, VOCAB
+
+    def model():
+        import fairscale.nn.model_parallel.initialize as groups
+        from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+
+        from paratrain.backends.fairscale import native_layers
+
+        if not groups.model_parallel_is_initialized():
+            groups.initialize_model_parallel(1)
+
+        class Megatron(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = ParallelEmbedding(VOCAB, DIM)
+                self.up = ColumnParallelLinear(DIM, 4 * DIM, gather_output=False)
+                self.down = RowParallelLinear(4 * DIM, DIM, input_is_parallel=True)
+                self.head = ColumnParallelLinear(DIM, VOCAB, bias=False)
+
+            def forward(self, tokens):
+                x = self.embed(tokens)
+                return self.head(x + self.down(torch.relu(self.up(x))))
+
+        torch.manual_seed(11)
+        return native_layers(Megatron())
+
+    def body():
+        cfg = config(2, parallel=Parallel(tp=2))
+        plain = model().double()
+        losses, norms, _, weights = train(cfg, batches, model)
+        return losses, norms, weights, train_by_hand(plain, batches)
+
+    def pieces():
+        import fairscale.nn.model_parallel.initialize as groups
+        from fairscale.nn.model_parallel.layers import ColumnParallelLinear
+
+        from paratrain.backends.fairscale import native_layers
+
+        groups.initialize_model_parallel(2)
+        with pytest.raises(UserError, match="built over several ranks; call initialize_model_parallel"):
+            native_layers(nn.Sequential(ColumnParallelLinear(4, 6)))
+
+    batches = token_batches(3, 8, True)
+    losses, norms, weights, expected = run(body, 2)[0]
+    assert max(abs(a - b) for a, b in zip((*losses, *norms), (*expected[0], *expected[1]), strict=True)) < 1e-10
+    assert largest(weights, expected[2]) < 1e-10
+    run(pieces, 2)
+
+
+@needs("deepspeed")
 def test_frozen_parameters_and_buffers(tmp_path):
     """What is not trained is neither lost nor changed, and comes back from a checkpoint."""
 
@@ -341,6 +448,8 @@ def test_refusals():
         checked(replace(two, data=replace(two.data, micro_batch_size="auto")))
     with pytest.raises(ConfigError, match=r"parallel.tp: 2, but strategy=deepspeed_zero2 is data parallel only"):
         checked(replace(two, parallel=Parallel(tp=2)))
+    with pytest.raises(ConfigError, match=r"parallel.pp: 2, but .* wrong for masked batches.*write strategy=fsdp parallel.pp=2"):
+        checked(replace(two, parallel=Parallel(pp=2)))
     assert "CUDA code" in message(cfg_of(DeepSpeedZero3(quantized_weights=True)))
     clash = {"gradient_clipping": 1.0, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "round_robin_gradients": True}}
     text = message(cfg_of(DeepSpeedZero2(ds_config=clash)))
@@ -348,6 +457,50 @@ def test_refusals():
     assert "strategy.ds_config.optimizer: is the engine's here; leave it out, and write optimizer=..." in text
     assert "strategy.ds_config.zero_optimization.stage: 3, but strategy makes it 2" in text
     assert "round_robin_gradients: True: DeepSpeed 0.19.8 then gathers parameters from the wrong places" in text
+
+
+@pytest.mark.slow
+@needs("deepspeed")
+def test_what_deepspeeds_own_pipeline_does():
+    """Why `parallel.pp` is refused under DeepSpeed, and is ours to run: equal batches are exact there, masked ones are not, ZeRO-2 is no option."""
+    import os
+
+    def layers():
+        torch.manual_seed(1)
+        return [nn.Embedding(17, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 17)]
+
+    def mean(outputs, targets):
+        total, count = token_loss(outputs, targets)
+        return total / count
+
+    def theirs(masked, stage):
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"])
+        import deepspeed
+        from deepspeed.pipe import PipelineModule
+
+        importlib.import_module("deepspeed.ops").__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        module = PipelineModule(layers(), num_stages=2, loss_fn=mean, partition_method="uniform")
+        options = {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.0)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options, dist_init_required=False)
+        return [
+            float(engine.train_batch(iter(list(zip(inputs.split(2), targets.split(2), strict=True)))))
+            for inputs, targets in token_batches(4, 8, masked)
+        ]
+
+    for masked in (False, True):
+        expected = train_by_hand(nn.Sequential(*layers()), token_batches(4, 8, masked), clip=None, weight_decay=0.0)[0]
+        found = run(theirs, 2, masked, 1)[0]
+        error = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert (error > 1e-2) if masked else (error < BOUND)
+    with pytest.raises(RuntimeError, match="ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism"):
+        run(theirs, 2, False, 2)
 
 
 @needs("fairscale")

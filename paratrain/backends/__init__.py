@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,17 @@ def build(
         UserError: for a model or optimizers that it cannot train.
     """
     return _module(cfg.strategy).build(planned, loss_fn, optimizers, mesh, cfg, device, blueprint)
+
+
+def replace_layers(model: nn.Module, twin: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """Put `twin(layer)` in the place of every layer that has one, in place, with the layer's own parameters under their names."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if (other := twin(child)) is not None:
+                for key, param in child._parameters.items():  # the same tensors: a tied or loaded weight stays what it is
+                    other.register_parameter(key, param)
+                setattr(parent, name, other.train(child.training))
+    return model
 
 
 def _module(strategy: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paratrain.backends import replace_layers
 from paratrain.build import locate
 
 
@@ -18,21 +19,14 @@ def fuse_norms(model: nn.Module) -> nn.Module:
     Raises:
         UserError: Apex is not installed; has the command that builds it.
     """
-    fused = {
+    fused: dict[type, Any] = {
         nn.LayerNorm: locate("apex.normalization.FusedLayerNorm", "model.norm"),
         nn.RMSNorm: locate("apex.normalization.FusedRMSNorm", "model.norm"),
     }
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if (cls := fused.get(type(child))) is not None:
-                setattr(parent, name, _twin(cls, child))
-    return model
+    return replace_layers(model, lambda layer: _twin(fused[type(layer)], layer) if type(layer) in fused else None)
 
 
 def _twin(cls: Any, norm: Any) -> nn.Module:
     dtype = norm.weight.dtype if norm.weight is not None else torch.get_default_dtype()
     eps = norm.eps if norm.eps is not None else torch.finfo(dtype).eps  # what torch.nn.RMSNorm takes None for
-    twin = cls(norm.normalized_shape, eps=eps, elementwise_affine=norm.elementwise_affine)
-    for name, param in norm._parameters.items():  # the same tensors: a tied or loaded weight stays what it is
-        twin.register_parameter(name, param)
-    return twin.train(norm.training)
+    return cls(norm.normalized_shape, eps=eps, elementwise_affine=norm.elementwise_affine)

@@ -35,7 +35,7 @@ from paratrain.parallel.materialise import Plan
 from paratrain.precision import Policy
 
 _ELEMENTWISE = {  # classes that update an element from that element alone, so that flat pieces of parameters are as good as parameters
-    "Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam", "Adadelta", "Lion", "AdaBelief",
+    "Adam", "AdamW", "SGD", "RMSprop", "Adamax", "NAdam", "RAdam", "Adadelta", "Lion", "AdaBelief",
     "DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad", "FusedAdam", "FusedLion", "FusedSGD", "FusedAdagrad",
 }  # fmt: skip
 
@@ -169,6 +169,11 @@ def _checked(optimizers: list[torch.optim.Optimizer], cfg: Config) -> torch.opti
         classes = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise UserError(f"optimizer: strategy={name} runs one optimizer, and this configuration has {classes}; write strategy=fsdp")
     (optimizer,) = optimizers
+    if type(optimizer) is torch.optim.Adagrad:
+        raise UserError(
+            "optimizer._target_=torch.optim.Adagrad: DeepSpeed 0.19.8 builds it anew without its parameter groups, so that all parameters would get "
+            f"one weight decay and learning rate; write strategy=fsdp with it, or optimizer=rmsprop with strategy={name}"
+        )
     if not strategy.elementwise_optimizer and not any(cls.__name__ in _ELEMENTWISE for cls in type(optimizer).__mro__[:1]):
         raise UserError(
             f"optimizer._target_={type(optimizer).__name__}: ZeRO hands it flat pieces of parameters, which is wrong for one that looks at whole "

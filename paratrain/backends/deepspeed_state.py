@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from paratrain.checkpoint import CheckpointError
 from paratrain.compat import local_box
 
-_STEP = "step"  # the one state that is no tensor of its parameter's shape, in every class that ZeRO can run
+_STEP = "step"
 
 
 def model_tensors(engine: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,7 +39,7 @@ def tensors(engine: Any, model: nn.Module, mesh: DeviceMesh) -> dict[str, torch.
         flat = _flat(engine, param)
         for key, value in engine.optimizer.optimizer.state.get(flat, {}).items():
             full = f"optimizer/{name}/{key}"
-            if key == _STEP:
+            if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and not value.ndim):  # a step count, or the like
                 found[full] = torch.tensor(float(value), dtype=torch.float32)
             elif isinstance(value, torch.Tensor) and value.shape == flat.shape:
                 found[full] = _part(safe_get_full_optimizer_state(param, key), mesh)
@@ -68,11 +68,12 @@ def prepare(
         }
         for key, full in states[name].items():
             shape, dtype = saved[full]
-            if key != _STEP and tuple(shape) != tuple(_shape(param)):
+            if not _is_number(key, shape, param) and tuple(shape) != tuple(_shape(param)):
                 raise CheckpointError(
                     f"{full!r} has shape {tuple(shape)}, its parameter {tuple(_shape(param))}: another optimizer wrote it"
                 )
-            room[full] = torch.zeros(tuple(shape), dtype=dtype) if key == _STEP else _room(_shape(param), torch.float32, mesh)
+            number = _is_number(key, shape, param)
+            room[full] = torch.zeros(tuple(shape), dtype=dtype) if number else _room(_shape(param), torch.float32, mesh)
     wanted = set().union(*(keys for keys in states.values()), set())
     uneven = [name for name, keys in states.items() if set(keys) != wanted and keys]
     if uneven:
@@ -88,7 +89,7 @@ def prepare(
                 _set(value, whole)
         for name, param in _trained(model):
             for key, full in states[name].items():
-                if key != _STEP:
+                if not _is_number(key, saved[full][0], param):
                     _set_trained(engine, param, _full(room[full]), key)
         _publish(engine)
 
@@ -98,22 +99,22 @@ def prepare(
 def _allocate(engine: Any, model: nn.Module, states: dict[str, dict[str, str]], room: dict[str, torch.Tensor]) -> None:
     """Give each flat piece the states that the checkpoint has for its parameters."""
     optimizer = engine.optimizer.optimizer
-    steps: dict[int, dict[float, str]] = {}
+    numbers: dict[tuple[int, str], dict[float, str]] = {}
     for name, param in _trained(model):
         flat = _flat(engine, param)
         current = optimizer.state[flat]
         if not states[name]:
             continue
         for key, full in states[name].items():
-            if key == _STEP:
-                seen = steps.setdefault(id(flat), {})
+            if _is_number(key, room[full].shape, param):
+                seen = numbers.setdefault((id(flat), key), {})
                 seen.setdefault(float(room[full]), name)
                 if len(seen) > 1:
                     raise CheckpointError(
-                        f"parameters were updated different numbers of times ({', '.join(f'{n}: {s:g}' for s, n in seen.items())}), and DeepSpeed "
-                        "counts one for all of a group; go on under the strategy that wrote the checkpoint"
+                        f"parameters were updated different numbers of times ({key} of {', '.join(f'{n}: {s:g}' for s, n in seen.items())}), and "
+                        "DeepSpeed counts one for all of a group; go on under the strategy that wrote the checkpoint"
                     )
-                current[key] = _step_like(optimizer, flat, float(room[full]))
+                current[key] = _number_like(optimizer, flat, key, float(room[full]))
             elif not isinstance(current.get(key), torch.Tensor):
                 current[key] = torch.zeros_like(flat)
     _link(engine)
@@ -127,10 +128,15 @@ def _link(engine: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _step_like(optimizer: Any, flat: torch.Tensor, value: float) -> Any:
-    """A step count of the kind that the optimizer keeps: a tensor in torch's, a number in DeepSpeed's and Apex's own."""
+def _is_number(key: str, shape: Any, param: torch.Tensor) -> bool:
+    """Whether a state is one number for the parameter, and not one an element."""
+    return key == _STEP or (not tuple(shape) and bool(_shape(param)))
+
+
+def _number_like(optimizer: Any, flat: torch.Tensor, key: str, value: float) -> Any:
+    """A number of the kind that the optimizer keeps: a tensor in torch's, a plain one in DeepSpeed's and Apex's own."""
     if not type(optimizer).__module__.startswith("torch."):
-        return int(value)
+        return int(value) if key == _STEP else value
     group = next(group for group in optimizer.param_groups if group.get("lr") is not None)
     on_device = group.get("fused") or group.get("capturable")
     return torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")

@@ -1,8 +1,8 @@
 """FairScale under our engine: OSS and ShardedDataParallel, whose units are whole parameters.
 
 FairScale is archived; torch and the strategies zero1, zero2 and fsdp took over what it taught. It is here so that a run that depends
-on it can go on, and be moved: its checkpoints are ours. Its ShardedGradScaler is not needed: the loss scale and the check for overflow
-are the engine's, over all ranks.
+on it can go on, and be moved: its checkpoints are ours. Its ShardedGradScaler is not used: the loss scale and the check for overflow
+are the engine's, over all ranks (on a CPU it would switch itself off with a warning, and float16 would train without a scale).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from paratrain import checkpoint, gradients
+from paratrain.backends import replace_layers
 from paratrain.config import DDP, Config
 from paratrain.distributed import is_main_process
 from paratrain.engine import Engine
@@ -41,7 +42,7 @@ def check(cfg: Config, device: torch.device) -> None:
     name = cfg.strategy.name
     if name == "fairscale_fsdp":
         reason = (
-            "it computes on CUDA only ('AssertionError: Torch not compiled with CUDA enabled')"
+            "it computes on CUDA only ('AssertionError: Torch not compiled with CUDA enabled', and with compute_device=cpu \"KeyError: 'all_gather'\")"
             if device.type == "cpu"
             else "it was archived before this torch, and nobody has shown that it still computes the same on it"
         )
@@ -54,6 +55,36 @@ def check(cfg: Config, device: torch.device) -> None:
             name,
             _NATIVE[name],
         )
+
+
+def native_layers(model: nn.Module) -> nn.Module:
+    """Put `nn.Linear` and `nn.Embedding` in the place of FairScale's Megatron-style layers, in place, with the same parameters.
+
+    So a model that was written for them trains under every strategy, and `parallel.tp` splits it. Build it over a group of one first:
+    `fairscale.nn.model_parallel.initialize.initialize_model_parallel(1)`.
+
+    Raises:
+        UserError: a layer was built over several ranks, and holds a part of its weight.
+    """
+    from fairscale.nn.model_parallel import layers
+
+    def twin(layer: Any) -> nn.Module | None:
+        other: nn.Linear | nn.Embedding
+        if isinstance(layer, layers.ColumnParallelLinear | layers.RowParallelLinear):
+            other = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        elif isinstance(layer, layers.ParallelEmbedding | layers.VocabParallelEmbedding):
+            options = {key: getattr(layer, key) for key in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")}
+            other = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta", **options)
+        else:
+            return None
+        if other.weight.shape != layer.weight.shape:
+            raise UserError(
+                f"model: a {type(layer).__name__} holds {tuple(layer.weight.shape)} of its weight {tuple(other.weight.shape)}: it was built over several "
+                "ranks; call initialize_model_parallel(1) before building, and let parallel.tp split it"
+            )
+        return other
+
+    return replace_layers(model, twin)
 
 
 def build(
