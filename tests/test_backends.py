@@ -503,6 +503,56 @@ def test_what_deepspeeds_own_pipeline_does():
         run(theirs, 2, False, 2)
 
 
+@pytest.mark.slow
+@needs("deepspeed")
+@needs("fairscale")
+def test_the_errors_that_the_page_quotes():
+    """What docs/backends.md says DeepSpeed and FairScale answer on a CPU, asked of themselves."""
+    import os
+    from pathlib import Path
+
+    def refused_by_deepspeed(zero, **more):
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
+        import deepspeed
+
+        importlib.import_module("deepspeed.ops").__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        options = {"train_batch_size": torch.distributed.get_world_size(), "zero_optimization": zero, **more}
+        options |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        try:
+            optimizer = torch.optim.AdamW(model.parameters())
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
+            engine.backward(engine(torch.ones(1, 8)).sum())
+            engine.step()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def refused_by_fairscale(**more):
+        from fairscale.nn import FullyShardedDataParallel
+
+        try:
+            FullyShardedDataParallel(nn.Linear(4, 4), **more)(torch.ones(2, 4)).sum().backward()
+        except (AssertionError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    small = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    asked = {
+        "ValueError: Type fp16 is not supported on your device.": lambda: refused_by_deepspeed({"stage": 2}, fp16={"enabled": True}),
+        "ValueError: This op had not been implemented on CPU backend.": lambda: refused_by_deepspeed(
+            {**small, "zero_quantized_weights": True}
+        ),
+        "DeepSpeedConfigError: MiCS ZeRO-3 sharding has been removed": lambda: refused_by_deepspeed({**small, "mics_shard_size": 2}),
+        "AssertionError: Torch not compiled with CUDA enabled": refused_by_fairscale,
+        "KeyError: 'all_gather'": lambda: refused_by_fairscale(compute_device=torch.device("cpu")),
+    }
+    page = Path(__file__).parents[1].joinpath("docs", "backends.md").read_text()
+    for quote, question in asked.items():
+        answer = run(question, 2)[0]
+        assert answer.startswith(quote), answer
+        assert quote in page
+
+
 @needs("fairscale")
 def test_fairscale_says_what_replaces_it(caplog):
     train(cfg_of(FairScaleOSS()), token_batches(1, 4, True))
