@@ -87,12 +87,6 @@ def _experts(cfg: Config) -> Faults:
 
 def _parallel(cfg: Config) -> Faults:
     parallel, strategy = cfg.parallel, cfg.strategy
-    for axis in ("tp", "pp"):
-        if parallel.cp > 1 and getattr(parallel, axis) > 1:
-            yield (
-                Fault("parallel.cp", f"{parallel.cp} together with parallel.{axis} is not built yet; write 1 for one of them"),
-                (f"parallel.{axis}",),
-            )
     yield from _pipeline(cfg)
     yield from _experts(cfg)
     if parallel.tp == 1 and (parallel.sp or parallel.tp_plan != "auto"):

@@ -413,23 +413,33 @@ class Engine:
 
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
-        share, size = batches.as_local(batch), self.micro_batch_size
-        if self._layout.context is not None:
-            return self._sequences(self._layout.context, batches.split(share, size))
-        if self._layout.pipeline is None:
-            return batches.split(share, size)
-        micro = batches.split(share, size or self._layout.pipeline.micro_batch_size(share.largest))
-        filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0
-        return micro + [filler] * (self._layout.pipeline.planned.micro_batches(len(micro)) - len(micro))
+        share, size, pipeline = batches.as_local(batch), self.micro_batch_size, self._layout.pipeline
+        if pipeline is not None:
+            size = size or pipeline.micro_batch_size(share.largest)
+        micro = batches.split(share, size)
+        if pipeline is not None:
+            filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0
+            micro += [filler] * (pipeline.planned.micro_batches(len(micro)) - len(micro))
+        return micro if self._layout.context is None else self._sequences(self._layout.context, micro)
 
     def _sequences(self, context: Context, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any, int]]:
         """This rank's part of every sequence."""
         parts = [(*context.part(inputs, targets), real) for inputs, targets, real in micro]
-        inputs = self._policy.cast_inputs(batches.to_device(parts[0][0], self.device))
-        with self._policy.autocast(self.device.type):
-            context.prove(self.model, inputs)
-        self._layout.settle()
+        if not context.proven:
+            everywhere = self._layout.pipeline.everywhere if self._layout.pipeline is not None else lambda value: [value]
+            context.prove(self._outputs, parts[0][0], everywhere)
+            self._layout.settle()
         return parts
+
+    def _outputs(self, inputs: Sequence[Any]) -> list[Any]:
+        """What the model returns for each; nothing on the stages of a pipeline but the last."""
+        calls = self._calls([(each, None, 0) for each in inputs])
+        with self._policy.autocast(self.device.type):
+            if self._layout.pipeline is None:
+                return [call(self.model) for _, call in calls]
+            found: list[Any] = []
+            self._layout.pipeline.evaluate(calls, lambda stage, number: nullcontext(), lambda number, outputs: found.append(outputs))
+            return found
 
     def _train_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> None:
         """Forward and backward of every micro-batch; the loss is known on the last stage and zero on the others until it is summed."""

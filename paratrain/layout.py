@@ -72,13 +72,14 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     plan = tensor.planned(model, mesh, cfg)
+    sequences = context.planned(model, mesh, cfg)
     found = experts.planned(model, cfg)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
     units = stages.units if stages else units
     placed = tensor.place(model, mesh, cfg, plan)
     dealt = experts.place(model, mesh, found, planned.forms, device)
     units = dealt.outside(units)
-    sequences = context.apply(model, units, mesh, cfg)
+    context.apply(sequences, units)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
     if (placed.plan or found) and ranks > 1 and not isinstance(cfg.strategy, Sharded):
@@ -104,6 +105,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
                 used=sharded.used,
                 pipeline=run,
                 placed=placed,
+                context=sequences,
             )
         return Layout(
             model,
@@ -122,7 +124,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     placed.keep(model)
     if stages:
         run = Pipeline(stages, mesh, cfg, device, sharded=False)
-        return Layout(model, run.forward, reduce=run.reduce, pipeline=run, placed=placed)
+        return Layout(model, run.forward, reduce=run.reduce, pipeline=run, placed=placed, context=sequences)
     if ranks == 1:
         return Layout(model, model, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)

@@ -12,16 +12,16 @@ from test_pipeline import assert_same, by_hand, train
 from torch import nn
 
 from paratrain.api import setup
-from paratrain.config import DDP, FSDP, Context, Memory, Parallel
+from paratrain.config import DDP, FSDP, HSDP, Context, Memory, Parallel, Pipeline
 from paratrain.models.gpt import GPT
 from paratrain.spawn import run
 
 METHODS = ["all_to_all", "all_gather", "ring"]
 
 
-def gpt():
+def gpt(tied=True, layers=2):
     torch.manual_seed(11)
-    return GPT(VOCAB, 8, layers=2, dim=16, heads=4, kv_heads=2, ffn=24, tied=True)
+    return GPT(VOCAB, 8, layers=layers, dim=16, heads=4, kv_heads=2, ffn=24, tied=tied)
 
 
 def batches(steps, size, length=8):
@@ -63,6 +63,52 @@ def test_with_data_parallelism():
         assert_same(results, expected)
 
 
+FOUR = {  # degrees, strategy, options of the pipeline
+    "tp": (Parallel(cp=2, tp=2), DDP(), {}),
+    "tp sp": (Parallel(cp=2, tp=2, sp=True), DDP(), {}),
+    "pp": (Parallel(cp=2, pp=2), DDP(), {}),
+    "pp zbv": (Parallel(cp=2, pp=2), DDP(), {"schedule": "zbv"}),
+}
+EIGHT = {
+    "tp dp": (Parallel(cp=2, tp=2), DDP(), {}),
+    "tp fsdp": (Parallel(cp=2, tp=2), FSDP(), {}),
+    "tp hsdp": (Parallel(cp=2, tp=2, dp_replicate=2, dp_shard=1), HSDP(), {}),
+    "pp dp": (Parallel(cp=2, pp=2), DDP(), {"schedule": "interleaved"}),
+    "pp fsdp": (Parallel(cp=2, pp=2), FSDP(), {}),
+    "tp sp pp": (Parallel(cp=2, tp=2, pp=2, sp=True), DDP(), {}),
+}
+
+
+def with_axes(ranks, layouts, tied):
+    """Masked, clipped, 2 samples a micro-batch. layouts: (degrees, strategy, options of the pipeline, method)."""
+    data = batches(10, 5)
+
+    def build():
+        return gpt(tied, layers=4)
+
+    def body():
+        results = []
+        for parallel, strategy, pipeline, method in layouts:
+            cfg = config(2, parallel=parallel, strategy=strategy, pipeline=Pipeline(**pipeline), context=Context(method))
+            results.append(train(cfg, data, build))
+        return results
+
+    expected = by_hand(build, data)
+    for results in zip(*run(body, ranks, timeout=500), strict=True):
+        assert_same(results, expected)
+
+
+def test_with_tensor_and_pipeline_parallelism():
+    with_axes(4, [(*layout, method) for layout, method in zip(FOUR.values(), [*METHODS, "ring"], strict=True)], tied=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_with_two_axes_more(method):
+    with_axes(4, [(*layout, method) for layout in FOUR.values()], tied=False)
+    with_axes(8, [(*layout, method) for layout in EIGHT.values()], tied=method != "ring")
+
+
 def test_evaluation():
     data = batches(1, 3)[0]
 
@@ -77,22 +123,115 @@ def test_evaluation():
         assert counted == int(count)
 
 
-def test_a_hugging_face_model():
-    transformers = pytest.importorskip("transformers")
+class WrittenBlock(nn.Module):
+    """As people write it: one matrix for q, k and v, heads counted by attributes, biases, an MLP beside the attention."""
 
-    def build():
-        torch.manual_seed(3)
-        sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1))
+    def __init__(self, heads, dim):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 3 * dim), nn.Linear(3 * dim, dim)
 
-    def loss_fn(outputs, targets):
-        return token_loss(outputs.logits, targets)
+    def forward(self, x):
+        B, T, C = x.shape
+        h = self.norm(x)
+        q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in self.qkv(h).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(B, T, C)
+        return x + self.out(y) + self.down(F.gelu(self.up(h)))
 
-    data = [({"input_ids": tokens}, targets) for tokens, targets in batches(4, 4)]
-    expected = by_hand(build, data, loss_fn)
-    results = run(lambda: [train(split(method), data, build, loss_fn) for method in METHODS], 2)
-    for each in zip(*results, strict=True):
-        assert_same(each, expected, 1e-5)  # norms in float32
+
+class Written(nn.Module):
+    def __init__(self, heads=4, dim=16):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCAB, dim), nn.Embedding(8, dim)
+        self.layers = nn.ModuleList(WrittenBlock(heads, dim) for _ in range(2))
+        self.head = nn.Linear(dim, VOCAB)
+
+    def forward(self, tokens, positions=None):
+        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+        x = self.tokens(tokens) + self.places(positions)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def written():
+    torch.manual_seed(3)
+    return Written()
+
+
+def llama():
+    import transformers
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
+
+
+def logit_loss(outputs, targets):
+    return token_loss(getattr(outputs, "logits", outputs), targets)
+
+
+def test_models_of_other_people():
+    pytest.importorskip("transformers")
+    data = batches(4, 4)
+    named = [({"input_ids": tokens}, targets) for tokens, targets in data]
+    layouts = [Parallel(cp=2), Parallel(cp=2, tp=2), Parallel(cp=2, pp=2)]
+
+    def body():
+        results = []
+        for parallel, method in zip(layouts, METHODS, strict=True):
+            cfg = config(2, parallel=parallel, context=Context(method), strategy=DDP())
+            results.append((train(cfg, data, written, logit_loss), train(cfg, named, llama, logit_loss)))
+        return results
+
+    own, theirs = by_hand(written, data, logit_loss), by_hand(llama, named, logit_loss)
+    for each in zip(*run(body, 4, timeout=300), strict=True):
+        assert_same([result for result, _ in each], own)
+        assert_same([result for _, result in each], theirs, 1e-5)  # norms in float32
+
+
+class Noise(nn.Module):
+    """Dropout of activations, and of attention to values that are all one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(VOCAB, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 4, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        self.kept = F.dropout(torch.ones_like(x), 0.5, self.training)
+        q = self.up(x).mul(0).unflatten(-1, (4, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q + 1, dropout_p=0.5 if self.training else 0)
+        self.attended = getattr(y, "local", y)[..., 0].detach()
+        return self.down(y.transpose(1, 2).flatten(2) + x * self.kept)
+
+
+def test_dropout_differs_where_activations_do():
+    """Between the ranks of cp, which hold other positions; between those of tp only where these hold other heads."""
+
+    def body(method):
+        plan = {"up": "colwise", "down": "rowwise"}
+        cfg = config(parallel=Parallel(cp=2, tp=2, tp_plan=plan), context=Context(method), strategy=DDP())
+        engine = setup(Noise, lambda o, t: (o.sum(), len(o)), cfg)
+        history = []
+        for _ in range(2):
+            engine.train_step(engine.local((batches(1, 2, 16)[0][0], None)))
+            history.append((engine.model.kept.clone(), engine.model.attended.clone()))
+        return history
+
+    for method in ("all_to_all", "all_gather"):
+        ranks = run(body, 4, method)  # (cp, tp): (0, 0), (0, 1), (1, 0), (1, 1)
+        for step in range(2):
+            kept, attended = zip(*(history[step] for history in ranks), strict=True)
+            assert torch.equal(kept[0], kept[1])
+            assert torch.equal(kept[2], kept[3])
+            assert not torch.equal(kept[0], kept[2])
+            assert all(not torch.equal(attended[a], attended[b]) for a in range(4) for b in range(a))
+            assert all(abs(float(each.mean()) - 1) < 0.3 for each in attended), "dropout keeps the mean"
+        assert all(not torch.equal(first[0], second[0]) for first, second in ranks), "new numbers every step"
+    with pytest.raises(RuntimeError, match="attention dropout"):
+        run(body, 4, "ring")
 
 
 class Hand(nn.Module):

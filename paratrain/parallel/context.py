@@ -3,6 +3,8 @@
 The calls are found while the user's forward runs and answered by `context_attention.py`. Whether there is nothing else by which one
 position depends on another, and no position that the model counts by itself, is not assumed: before the first step the model runs on a
 probe, with attention replaced by a function of each position alone, and must then be a function of each position alone.
+
+Under tensor parallelism a rank answers for its heads, under pipelines for the blocks of its stages; the probe runs over all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from paratrain import batch as batches
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import context_attention
+from paratrain.parallel import context_attention, tp_rules
+from paratrain.parallel.tp_split import Split, gather
 
 _POSITIONS = ("positions", "position_ids")
 
@@ -89,12 +92,13 @@ class Context:
 
     # ------------------------------------------------------------------ attention
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
-        """`scaled_dot_product_attention` over the whole sequence.
+    def scaled_dot_product_attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """torch's function of that name over the whole sequence, for the heads of this rank."""
+        with torch._C.DisableTorchFunction():  # the same mode is active once more where a block is inside of the model
+            return self._attend(*args, **kwargs)
 
-        Raises:
-            UserError: for a form of it that cannot be honoured exactly.
-        """
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+        """UserError for a form of it that cannot be honoured exactly."""
         self.calls += 1
         if attn_mask is not None:
             raise UserError(
@@ -114,7 +118,7 @@ class Context:
         if self.method == "all_to_all":
             if heads % self.ranks:
                 raise UserError(
-                    f"context.method=all_to_all: {heads} heads do not divide by parallel.cp={self.ranks}; write context.method=ring or all_gather"
+                    f"context.method=all_to_all: the {heads} heads of a rank do not divide by parallel.cp={self.ranks}; write context.method=ring or all_gather"
                 )
             return context_attention.all_to_all(q, k, v, self.group, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
         if self.method == "all_gather":
@@ -128,10 +132,14 @@ class Context:
     # ------------------------------------------------------------------ probe
 
     @torch.no_grad()
-    def prove(self, run: Callable, inputs: Any) -> None:
-        """Refuse a model in which positions meet elsewhere than in attention, or that counts positions by itself. Once, on every rank."""
-        if self.proven:
-            return
+    def prove(self, run: Callable[[list[Any]], list[Any]], inputs: Any, everywhere: Callable[[Any], list[Any]]) -> None:
+        """Refuse a model in which positions meet elsewhere than in attention, or that counts positions by itself. Every rank must call it.
+
+        Args:
+            run: the outputs of the model for each of several inputs; none on the stages of a pipeline but the last.
+            inputs: of one micro-batch, this rank's part.
+            everywhere: what each stage of the pipeline gives it.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         self.probing, self.calls = True, 0
@@ -140,42 +148,65 @@ class Context:
             same = batches.map_tensors(lambda x: x[:, :1].expand_as(x).contiguous() if x.ndim > 1 else x, here)
             ends = batches.map_tensors(lambda x: torch.cat([x[:, :-1], _changed(x[:, -1:], x)], 1) if x.ndim > 1 else x, here)
             starts = batches.map_tensors(lambda x: torch.cat([_changed(x[:, :1], x), x[:, 1:]], 1) if x.ndim > 1 else x, here)
-            plain, flat, end, start = (_leaves(batches.call(run, probe), self.length) for probe in (here, same, ends, starts))
+            outputs = run([here, same, ends, starts])
+            calls, faults = zip(*everywhere((self.calls, self._fault(outputs) if outputs else None)), strict=True)
         finally:
             self.probing = False
             for module, mode in modes:
                 module.training = mode
-        if not self.calls:
-            raise UserError(
-                f"parallel.cp={self.ranks}: the model never calls torch.nn.functional.scaled_dot_product_attention, by which sequences are split; "
-                "use it (Hugging Face: attn_implementation='sdpa'), or write parallel.cp=1"
+        fault = next((fault for fault in faults if fault), None)
+        if not sum(calls):
+            fault = (
+                "the model never calls torch.nn.functional.scaled_dot_product_attention, by which sequences are split; "
+                "use it (Hugging Face: attn_implementation='sdpa')"
             )
+        if fault:
+            raise UserError(f"parallel.cp={self.ranks}: {fault}, or write parallel.cp=1")
+        self.proven = True
+
+    def _fault(self, outputs: list[Any]) -> str | None:
+        """What is wrong with the outputs of the four probes, if anything."""
+        leaves = [_leaves(each) for each in outputs]
+        odd = next((leaf for leaf in leaves[0] if leaf.ndim < 2 or leaf.shape[1] != self.length), None)
+        if odd is not None:
+            return (
+                f"an output of shape {tuple(odd.shape)} has no sequence of {self.length} positions along dim 1, so it joins positions that are on "
+                "several ranks; return one along dim 1"
+            )
+        plain, flat, end, start = leaves
         met = any(not _close(a[:, :-1], b[:, :-1]) for a, b in zip(plain, end, strict=True))  # the last one anywhere before it
         met = met or any(not _close(a[:, 1:], b[:, 1:]) for a, b in zip(plain, start, strict=True))  # the first one after it
         if met:
-            raise UserError(
-                f"parallel.cp={self.ranks}: positions of the sequence meet elsewhere than in scaled_dot_product_attention (attention by hand, "
-                "a convolution, a mean over time, nn.MultiheadAttention ...), so it cannot be split; write parallel.cp=1"
+            return (
+                "positions of the sequence meet elsewhere than in scaled_dot_product_attention (attention by hand, a convolution, a mean over "
+                "time, nn.MultiheadAttention ...), so it cannot be split; let them meet there"
             )
         if any(not _close(a, a[:, :1].expand_as(a)) for a in flat):
-            raise UserError(
-                f"parallel.cp={self.ranks}: the model counts positions by itself, which would start at 0 on every rank; let forward take "
-                f"{' or '.join(_POSITIONS)} [1, time] and use it, or write parallel.cp=1"
+            return (
+                "the model counts positions by itself, which would start at 0 on every rank; let forward take "
+                f"{' or '.join(_POSITIONS)} [1, time] and use it"
             )
-        self.proven = True
-
-
-def apply(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cfg: Config) -> Context | None:
-    """Answer the attention of `model` over the cp axis, in place; None where it has one rank."""
-    if cfg.parallel.cp == 1:
         return None
-    context = Context(model, mesh, cfg)
+
+
+def planned(model: nn.Module, mesh: Mesh, cfg: Config) -> Context | None:
+    """What splits the sequences of `model`, made before stages of a pipeline divide it; None where the cp axis has one rank."""
+    return Context(model, mesh, cfg) if cfg.parallel.cp > 1 else None
+
+
+def apply(context: Context | None, units: Sequence[tuple[str, nn.Module]]) -> None:
+    """Answer the attention of its model over the cp axis, in place.
+
+    Args:
+        units: blocks of the model that this rank runs.
+    """
+    if context is None:
+        return
     made: dict[type, type] = {}
-    for module in (model, *(block for _, block in units)):  # blocks too: recomputation runs them outside of the model's forward
+    for module in (context.model, *(block for _, block in units)):  # blocks too: recomputation runs them outside of the model's forward
         cls = type(module)
         made[cls] = made.get(cls) or type(cls.__name__, (_Answered, cls), {"_context": context, "__module__": cls.__module__})
         module.__class__ = made[cls]
-    return context
 
 
 class _Answered(nn.Module):
@@ -192,10 +223,12 @@ class _Attention(TorchFunctionMode):
         self.context = context
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ATTENTION:
-            with torch._C.DisableTorchFunction():
-                return self.context.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not _ATTENTION:
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, Split) for leaf in (*args, *kwargs.values())):
+            return tp_rules.apply(self.context.scaled_dot_product_attention, args, kwargs)
+        return self.context.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -211,12 +244,6 @@ def _changed(one: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return torch.full_like(one, int(others[0])) if len(others) else torch.zeros_like(one)
 
 
-def _leaves(outputs: Any, length: int) -> list[torch.Tensor]:
+def _leaves(outputs: Any) -> list[torch.Tensor]:
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    for leaf in leaves:
-        if leaf.ndim < 2 or leaf.shape[1] != length:
-            raise UserError(
-                f"parallel.cp: an output of shape {tuple(leaf.shape)} has no sequence of {length} positions along dim 1, so it joins positions that are on "
-                "several ranks; write parallel.cp=1"
-            )
-    return leaves
+    return [gather(leaf) if isinstance(leaf, Split) else leaf for leaf in leaves]

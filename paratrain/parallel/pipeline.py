@@ -197,6 +197,12 @@ class Pipeline:
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
         return float(box)
 
+    def everywhere(self, value: Any) -> list[Any]:
+        """What each rank of the pipeline gives it, in their order."""
+        values: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     # ------------------------------------------------------------------ passes
 
     def train(
