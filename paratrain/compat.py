@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -229,3 +231,36 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tens
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+# operator of torch.distributed -> (what it does, number of the argument with its data; -1: its result)
+_COLLECTIVES = {
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_", "all_reduce_coalesced"), ("all_reduce", 0)),
+    "all_reduce_coalesced_": ("all_reduce", 0),
+    **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"), ("all_gather", 0)),
+    **dict.fromkeys(("all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_gather_into_tensor_out"), ("all_gather", -1)),
+    **dict.fromkeys(("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"), ("reduce_scatter", 1)),
+    **dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", "reduce_scatter_tensor_out"), ("reduce_scatter", 0)),
+    **dict.fromkeys(("alltoall_", "alltoall_base_"), ("all_to_all", 1)),
+    "all_to_all_single": ("all_to_all", 0),
+    **dict.fromkeys(("broadcast_", "broadcast"), ("broadcast", 0)),
+    "reduce_": ("reduce", 0),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 0),
+    **dict.fromkeys(("send", "isend"), ("send", 0)),
+    **dict.fromkeys(("recv_", "recv_any_source_", "irecv"), ("recv", 0)),
+}
+
+
+def collective(func: Any, args: Sequence[Any], result: Any) -> tuple[str, list[torch.Tensor], dist.ProcessGroup] | None:
+    """(operation, tensors with its data, group) of a dispatched operator of torch.distributed; None for one that carries no data."""
+    known = _COLLECTIVES.get(func._schema.name.partition("::")[2])
+    if known is None:
+        return None
+    operation, number = known
+    data = [leaf for leaf in tree_leaves(result if number < 0 else args[number]) if isinstance(leaf, torch.Tensor)]
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    if "process_group" in named:
+        return operation, data, dist.ProcessGroup.unbox(named["process_group"])
+    name = named["group_name"]
+    return operation, data, _resolve_process_group(GroupName(name)) if isinstance(name, str) else name

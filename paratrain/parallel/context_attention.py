@@ -135,8 +135,10 @@ class _Ring(torch.autograd.Function):
                 grad_scores = weights * (grad_weights - delta[..., rows, :]) * scale
                 grad_q[..., rows, :] += grad_scores @ part_keys
                 grad_k[..., columns, :] += grad_scores.transpose(-1, -2) @ queries
+            if step + 1 == ranks:  # only the gradients have a home to go to
+                pack = pack[..., sum(sizes) :].contiguous()
             pack = _finish_turn(_start_turn(pack, group))
-        _, _, grad_k, grad_v = pack.split(sizes * 2, dim=-1)
+        grad_k, grad_v = pack.split(sizes, dim=-1)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
