@@ -94,7 +94,7 @@ def with_axes(ranks, layouts, tied):
         return results
 
     expected = by_hand(build, data)
-    for results in zip(*run(body, ranks, timeout=500), strict=True):
+    for results in zip(*run(body, ranks, timeout=700), strict=True):
         assert_same(results, expected)
 
 
@@ -103,6 +103,7 @@ def test_with_tensor_and_pipeline_parallelism():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("method", METHODS)
 def test_with_two_axes_more(method):
     with_axes(4, [(*layout, method) for layout in FOUR.values()], tied=False)
@@ -141,11 +142,13 @@ class WrittenBlock(nn.Module):
 
 
 class Written(nn.Module):
-    def __init__(self, heads=4, dim=16):
+    def __init__(self, heads=4, dim=16, layers=2, tied=False):
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCAB, dim), nn.Embedding(8, dim)
-        self.layers = nn.ModuleList(WrittenBlock(heads, dim) for _ in range(2))
+        self.layers = nn.ModuleList(WrittenBlock(heads, dim) for _ in range(layers))
         self.head = nn.Linear(dim, VOCAB)
+        if tied:
+            self.head.weight = self.tokens.weight
 
     def forward(self, tokens, positions=None):
         positions = torch.arange(tokens.shape[1]) if positions is None else positions
