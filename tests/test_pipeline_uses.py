@@ -95,6 +95,41 @@ def test_recomputation_and_dropout():
     assert recomputed[1] == pytest.approx(plain[1], abs=1e-12)
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.masks = nn.Linear(8, 8), []
+
+    def forward(self, x):
+        mask = nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        self.masks.append(mask.clone())
+        return x + self.linear(x * mask)
+
+
+def test_dropout_masks_are_of_one_stage_replica_and_micro_batch():
+    """But the two ranks of tp, which hold the same activations, draw the same."""
+
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(*(Masked() for _ in range(4)))
+
+    def body():
+        cfg = piped(2, "interleaved", 2, parallel=Parallel(pp=2, dp_replicate=2, tp=2, tp_plan={"3.linear": "rowwise"}))
+        engine = setup(build, lambda outputs, targets: (outputs.square().sum(), len(outputs)), cfg)
+        for _ in range(2):
+            engine.train_step(engine.local((torch.ones(8, 8, dtype=torch.float64), None)))
+        return [(number, [tuple(mask.flatten().tolist()) for mask in block.masks]) for number, block in enumerate(engine.model)]
+
+    ranks = run(body, 8, timeout=200)  # (stage, replica, tp)
+    seen = set()
+    for first, second in zip(ranks[::2], ranks[1::2], strict=True):
+        assert first == second
+        masks = [mask for _, drawn in first for mask in drawn]
+        assert len(masks) == 2 * 2 * 2, "blocks, steps, micro-batches"
+        seen.update(masks)
+    assert len(seen) == 4 * 8
+
+
 def test_an_overflow_on_one_stage_skips_all():
     class Spike(nn.Module):
         def __init__(self):
