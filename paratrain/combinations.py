@@ -104,7 +104,9 @@ def _parallel(cfg: Config) -> Faults:
         )
     if parallel.tp > 1 and cfg.compile is not False:
         yield (
-            Fault("compile", "the compiler cannot trace the rules by which split tensors are followed; write compile=false or parallel.tp=1"),
+            Fault(
+                "compile", "the compiler cannot trace the rules by which split tensors are followed; write compile=false or parallel.tp=1"
+            ),
             ("parallel.tp",),
         )
     for axis in ("dp_replicate", "dp_shard"):

@@ -90,6 +90,33 @@ def test_equals_one_process(name, by_hand):
         assert all(other[tied][:2] == first[tied][:2] for other in others), "every rank reports the same numbers"
 
 
+class Rows(nn.Module):
+    """Embedding and head of numbers of rows that neither tp nor the shards divide."""
+
+    def __init__(self, rows, bias):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(rows, 8), nn.LayerNorm(8), nn.Linear(8, rows, bias=bias)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embed(tokens)))
+
+
+def test_rows_that_neither_tp_nor_shards_divide():
+    """torch's _StridedShard misplaces rows then; 17 rows on 2 x 4 ranks trained silently wrong."""
+    batches, sizes = token_batches(3, 8, True), (17, 18, 19, 21, 30)
+    plan = {"embed": "vocab", "head": "colwise"}
+
+    def body():
+        cfg = config(parallel=Parallel(tp=2, tp_plan=plan), strategy=FSDP())
+        with pytest.raises(UserError, match=r"head\.bias has 17 rows.*no other dim"):
+            setup(seeded(lambda: Rows(17, True)), loss, cfg)
+        return [train(cfg, batches, seeded(lambda rows=rows: Rows(rows, rows % 2 == 0))) for rows in sizes]
+
+    results, *_ = run(body, 8, timeout=200)
+    for rows, result in zip(sizes, results, strict=True):
+        assert_same(result, train_by_hand(seeded(lambda rows=rows: Rows(rows, rows % 2 == 0))().double(), batches))
+
+
 def test_recomputation(by_hand):
     def body(memory):
         cfg = config(2, parallel=Parallel(tp=2, sp=True), memory=memory)

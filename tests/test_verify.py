@@ -219,9 +219,56 @@ def test_layouts_that_split_the_model(ranks, layout):
 
     report = verify(build, cross_entropy, (tokens[:, :-1], targets), cfg, ranks)
     assert report.ok, report.text()
+    compared = {line.kind: line.compared for line in report.lines}
+    assert compared["gradient"] == compared["clipped gradient"] == 2 * len([*build().parameters()])
+    assert ("activation" in compared) == (cfg.parallel.pp == cfg.parallel.cp == 1)
 
     def wrong(outputs, targets):
         total, count = cross_entropy(outputs, targets)
         return total / count, 1
 
     assert not verify(build, wrong, (tokens[:, :-1], targets), cfg, ranks).ok
+
+
+class Torn(torch.autograd.Function):
+    """The identity, whose gradient is wrong on the ranks but 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + torch.distributed.is_initialized() * torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
+def test_what_is_wrong_in_a_split_model_has_a_name(axis):
+    """A factor in the forward of a module, found by what it returns (tp) or by a gradient; one in a backward, by a gradient."""
+    from paratrain import load_config
+
+    cfg = load_config([f"parallel.{axis}=2", "trainer.clip_norm=1.0"])
+    tokens = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = tokens[:, :-1], tokens[:, 1:]
+
+    def build():
+        torch.manual_seed(2)
+        return GPT(vocab_size=32, seq_len=8, layers=2, dim=16, heads=2)
+
+    def backward():
+        model = build()
+        model.blocks[1].register_forward_hook(lambda module, args, output: Torn.apply(output))
+        return model
+
+    def forward():
+        model = build()
+        model.blocks[1].register_forward_hook(lambda module, args, output: output * (1 + torch.distributed.is_initialized()))
+        return model
+
+    found = verify(backward, paratrain.cross_entropy, batch, cfg, 2)
+    assert not found.ok
+    assert (found.first_difference.step, found.first_difference.key.kind) == (0, "gradient"), found.text()
+    found = verify(forward, paratrain.cross_entropy, batch, cfg, 2)
+    assert not found.ok
+    first = ("activation", "blocks.1") if axis == "tp" else ("loss", "")
+    assert found.first_difference.key[1:] == first, found.text()

@@ -5,7 +5,7 @@ ZeRO-1, ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2020) differ only in how long gat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,6 +118,7 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
         if cfg.memory.offload == "params"
         else OffloadPolicy(),
+        "shard_placement_fn": partial(_placement, shards=mesh.shard.size(-1), names={p: name for name, p in model.named_parameters()}),
         "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
     }
     _refuse_mixed_dtypes([*experts, *reversed(blocks), ("the root", model)])
@@ -145,6 +146,34 @@ def _check(options: Sharded, ranks: int, what: str) -> None:
     over = options.reshard_after_forward
     if not isinstance(over, bool) and (over < 2 or ranks % over):
         raise UserError(f"strategy.reshard_after_forward={over}: must be true, false or a divisor of the {ranks} {what} that is at least 2")
+
+
+def _placement(param: nn.Parameter, shards: int, names: Mapping[nn.Parameter, str]) -> Shard | None:
+    """Which dim of a parameter is sharded; None: the first.
+
+    Of a parameter that tensor parallelism splits along the first dim into parts of different sizes, DTensor (`_StridedShard`) may have another
+    idea than `fully_shard` of who holds which row, and values come to wrong places silently.
+    """
+    if not isinstance(param, DTensor) or not param.placements[0].is_shard(0):
+        return None
+    ranks = param.device_mesh.size()
+    parts = [_chunks(part, shards) for part in _chunks(param.shape[0], ranks)]
+    held = [sum(sizes) for sizes in zip(*parts, strict=True)]
+    if [_chunks(size, ranks) for size in held] == [list(sizes) for sizes in zip(*parts, strict=True)]:
+        return None
+    for dim in range(1, param.ndim):
+        if param.shape[dim] % shards == 0:
+            return Shard(dim)
+    raise UserError(
+        f"parallel.tp={ranks}: {names[param]} has {param.shape[0]} rows, which tp does not divide, and no other dim that the {shards} shard ranks divide; "
+        f"write replicate for it in parallel.tp_plan, strategy=ddp, or a size that {ranks} divides"
+    )
+
+
+def _chunks(size: int, ranks: int) -> list[int]:
+    """Sizes of the parts of a dim, by the rule of `torch.chunk`."""
+    most = -(-size // ranks)
+    return [max(min(most, size - most * rank), 0) for rank in range(ranks)]
 
 
 def _dtypes(cfg: Config) -> MixedPrecisionPolicy:

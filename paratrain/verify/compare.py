@@ -199,13 +199,13 @@ def _compare_samples(step: int, reference: Trace, ranks: Sequence[Trace], result
 
 def _compare_event(key: Key, event: Event, ranks: Sequence[Trace], bound: Tolerance, result: Comparison) -> None:
     found = {rank: trace.events[key] for rank, trace in enumerate(ranks) if key in trace.events}
-    if key.kind == "activation":
+    if key.kind == "activation" and key.kind not in ranks[0].extra.get("hidden", ()):
         pairs = _activations(key, event, found, ranks, result)
         if pairs is None:
             return
     elif not found and key.kind in ranks[0].extra.get("hidden", ()):
         return
-    elif not found or (key.kind not in ranks[0].extra.get("hidden", ()) and key.kind != "optimizer state" and len(found) < len(ranks)):
+    elif not found or (key.kind not in (*ranks[0].extra.get("partial", ()), "optimizer state") and len(found) < len(ranks)):
         absent = [rank for rank in range(len(ranks)) if rank not in found]
         _note(key, event, Difference(key, absent, 1.0, 0.0, error="missing"), result)
         return

@@ -77,11 +77,11 @@ def verify(
     policy = POLICIES[cfg.precision.name]
     result = compare(reference, noise, traces, policy.autocast_dtype or policy.param_dtype)
     split = [axis for axis in ("tp", "pp", "cp", "ep") if getattr(cfg.parallel, axis) > 1 and traces[0].extra.get("split")]
-    notes = _notes(result, reference) if not split else []
+    notes = _notes(result, reference)
     if split:
+        parts = "buffers and optimizer states" if split == ["tp"] else "activations, buffers and optimizer states"
         notes.append(
-            f"under {', '.join(split)} a rank holds parts of tensors: compared are the count, loss, norm and rate of every step and the whole "
-            "weights after it, not activations and gradients one by one; dropout and the step after a resume are not looked at"
+            f"under {', '.join(split)} a rank holds parts of tensors: {parts} are not compared; dropout and the step after a resume are not looked at"
         )
     elif "hidden" in traces[0].extra:
         notes.append(

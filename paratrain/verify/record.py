@@ -86,7 +86,7 @@ class Trace:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-_OF_PARTS = ("activation", "gradient", "clipped gradient", "optimizer state", "buffer", "initial buffer")
+_GRADIENTS = ("gradient", "clipped gradient")
 
 
 class Recorder:
@@ -101,24 +101,23 @@ class Recorder:
         self.engine, self.zoom, self.randomness = engine, zoom, randomness
         self.trace = Trace(place=_place(engine))
         if isinstance(engine.cfg.strategy, Foreign):
-            self.trace.extra["hidden"] = ("gradient", "clipped gradient")  # a rank has some of them, or none
-        if is_split(engine):  # a rank holds parts of tensors: what is compared is the model put together, and what training reports
-            self.trace.extra["hidden"] = (*_OF_PARTS, "weight", "initial weight")
+            self.trace.extra |= {"hidden": _GRADIENTS, "partial": _GRADIENTS}  # a rank has some of them, or none
+        if is_split(engine):  # a stage has the gradients of its weights, rank 0 the weights of all
+            self.trace.extra["hidden"] = ("optimizer state", "buffer", "initial buffer", *(["activation"] * cuts_activations(engine)))
+            self.trace.extra["partial"] = ("weight", "initial weight", *_GRADIENTS)
             self.trace.extra["split"] = True
         self.micro = -1
         self.sizes: list[tuple[int, int]] = []  # (samples, those that count) of each micro-batch
         self.calls: Counter[str] = Counter()
         self.in_backward = False
         self.gradient_order: dict[str, None] = {}
-        if is_split(engine):
-            self.state(-1, initial=True)
-            return
-        self._root_hooks()
-        for name, module in engine.model.named_modules():
-            if randomness:
-                self._watch_randomness(name, module)
-            else:
-                module.register_forward_hook(self._on_output(name))
+        if not cuts_activations(engine):
+            self._root_hooks()
+            for name, module in engine.model.named_modules():
+                if randomness:
+                    self._watch_randomness(name, module)
+                else:
+                    module.register_forward_hook(self._on_output(name))
         if not randomness:
             self._wrap_clipping()
             self._watch_backward_order()
@@ -269,7 +268,8 @@ class Recorder:
         for name in order:
             grad = params[name].grad
             if grad is not None:
-                self.add(Key(step, kind, name), whole(grad).double() * factor if factor != 1.0 else grad)
+                grad = whole(self.engine._layout.placed.natural(name, grad))
+                self.add(Key(step, kind, name), grad.double() * factor if factor != 1.0 else grad)
 
     def _watch_randomness(self, path: str, module: nn.Module) -> None:
         """Digest the generator before and after every module, to see which draw, and what they drew from when computed again."""
@@ -297,6 +297,12 @@ def is_split(engine: Engine) -> bool:
     """Whether ranks hold parts of one model or of one sequence: under tp, pp or cp, and where ep deals out whole modules."""
     root = engine.mesh.root
     return any(root[axis].size() > 1 for axis in ("tp", "pp", "cp")) or bool(engine._layout.experts.owners)
+
+
+def cuts_activations(engine: Engine) -> bool:
+    """Whether ranks compute parts of activations that nothing here puts together: all of those that are split but under tp."""
+    root = engine.mesh.root
+    return is_split(engine) and (root["tp"].size() == 1 or any(root[axis].size() > 1 for axis in ("pp", "cp")))
 
 
 def generator_digest() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +165,7 @@ def _restore_order(trace: Trace, step: int, order: torch.Tensor) -> None:
 def _investigate(job: Job, engine: Engine, share: LocalBatch, key: Key) -> Solo | str:
     try:
         size = job.cfg.data.micro_batch_size
-        return solo(engine, share, job.ranks, None if size == "auto" else size, key)
+        sharing = math.prod(getattr(job.cfg.parallel, axis) for axis in ("tp", "cp", "pp"))  # ranks with the same samples
+        return solo(engine, share, job.ranks // sharing, None if size == "auto" else size, key)
     except Exception as error:  # evidence for an explanation is welcome, not needed
         return f"{type(error).__name__}: {error}"

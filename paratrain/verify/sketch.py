@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from paratrain.parallel.tp_split import Split, gather
+
 WIDTH = 4096  # numbers kept of a parameter-sized tensor
 SAMPLE_WIDTH = 128  # numbers kept of one sample of an activation
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one; collective for a DTensor."""
+    """The full tensor of a sharded one, or of one that tensor parallelism has split; collective for these."""
+    if isinstance(tensor, Split):
+        with torch.no_grad():
+            return gather(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
