@@ -20,7 +20,7 @@ from paratrain.metrics.communication import Communication, CommunicationReport
 from paratrain.models.gpt import GPT
 from paratrain.spawn import run
 
-LAYERS, DIM, SAMPLES, TIME, WIDTH = 3, 16, 12, 8, 8  # WIDTH: bytes of a float64
+LAYERS, DIM, SAMPLES, TIME, WIDTH = 2, 16, 12, 8, 8  # WIDTH: bytes of a float64
 ACTIVATIONS = SAMPLES * TIME * DIM * WIDTH  # of a micro-batch that is the whole batch, between blocks
 TOKENS = SAMPLES * TIME * WIDTH  # a number a token
 

@@ -118,7 +118,6 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
         if cfg.memory.offload == "params"
         else OffloadPolicy(),
-        "shard_placement_fn": partial(_placement, shards=mesh.shard.size(-1), names={p: name for name, p in model.named_parameters()}),
         "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
     }
     _refuse_mixed_dtypes([*experts, *reversed(blocks), ("the root", model)])
@@ -126,10 +125,12 @@ def shard(
         evenly = partial(_evenly, ranks=mesh.expert_shard.size(-1))
         again = options.reshard_after_forward
         fully_shard(module, mesh=mesh.expert_shard, reshard_after_forward=again, shard_placement_fn=evenly, **settings)
+    placement = partial(_placement, shards=mesh.shard.size(-1), names={param: name for name, param in model.named_parameters()})
+    settings |= {"mesh": mesh.shard, "shard_placement_fn": placement}
     for name, block in reversed(blocks):  # a block inside a block first
         _check_outputs_once(name, block)
-        fully_shard(block, mesh=mesh.shard, reshard_after_forward=options.reshard_after_forward, **settings)
-    fully_shard(model, mesh=mesh.shard, reshard_after_forward=False, **settings)
+        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **settings)
+    fully_shard(model, reshard_after_forward=False, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             track_gradients(module, sharded.used)
