@@ -38,8 +38,7 @@ def scale(tensors: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None
     if not parts:  # this rank may hold nothing of them
         return
     if not isinstance(factor, torch.Tensor):
-        if parts:  # a rank may hold no element of any gradient
-            torch._foreach_mul_(parts, factor)
+        torch._foreach_mul_(parts, factor)
         return
     by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
