@@ -8,8 +8,9 @@
     evaluation   evaluations
     checkpoint   what saves make training wait
 
-The causes add up to the wall time. Within a process time is read from the monotonic clock; between processes from the wall clock,
-where a jump back counts as no time. Kept in <output_dir>/goodput.json by rank 0.
+The causes add up to the time that passed. Within a process it is read from the monotonic clock; between processes from the time since
+the machine's boot, and only where another machine, or the same one booted again, goes on, from the wall clock, whose jumps back count as
+no time. Kept in <output_dir>/goodput.json by rank 0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from paratrain import notes
 
 FILE_NAME = "goodput.json"
 CAUSES = ("startup", "restart", "recomputed", "data", "evaluation", "checkpoint")
@@ -46,7 +49,7 @@ class Goodput:
         if kept:
             self._cause = "restart"
             self.seconds |= kept["seconds"]
-            self.seconds["restart"] += max(0.0, time.time() - began - kept["time"])
+            self.seconds["restart"] += max(0.0, _since(kept) - began)
 
     def resumed(self, at_save: Any) -> None:
         """Training goes on from a checkpoint.
@@ -92,9 +95,8 @@ class Goodput:
         if self.path is None or (not now and time.monotonic() - self._written < _WRITE_EVERY):
             return
         self._written = time.monotonic()
-        new = self.path.with_name(f".{self.path.name}.new")
-        new.write_text(json.dumps({"time": time.time(), "seconds": self.state()}))
-        os.replace(new, self.path)
+        kept, path = json.dumps({**_now(), "seconds": self.state()}), self.path
+        notes.attempt(f"{path} was not written", lambda: notes.replace(path, kept))
 
     def summary(self) -> str:
         seconds = self.state()
@@ -107,6 +109,21 @@ class Goodput:
         self.seconds[self._cause] += now - self._since
         self._since, before, self._cause = now, self._cause, cause
         return before
+
+
+def _now() -> dict[str, Any]:
+    """This moment by the wall clock, and by the one that nobody sets: seconds since a boot, and which boot that was."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"time": time.time(), "boot": boot, "uptime": time.clock_gettime(time.CLOCK_BOOTTIME)}
+    except (OSError, AttributeError):
+        return {"time": time.time(), "boot": None, "uptime": 0.0}
+
+
+def _since(kept: dict[str, Any]) -> float:
+    now = _now()
+    clock = "uptime" if now["boot"] is not None and now["boot"] == kept["boot"] else "time"
+    return now[clock] - kept[clock]
 
 
 def since_process_start() -> float:
@@ -123,7 +140,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         kept = json.loads(path.read_text())
         seconds = {name: float(kept["seconds"][name]) for name in ("steps", *CAUSES)}
         if all(math.isfinite(value) and value >= 0 for value in seconds.values()):
-            return {"time": float(kept["time"]), "seconds": seconds}
+            return {"time": float(kept["time"]), "boot": kept.get("boot"), "uptime": float(kept.get("uptime", 0.0)), "seconds": seconds}
     except (OSError, ValueError, TypeError, LookupError):
         pass
     return None

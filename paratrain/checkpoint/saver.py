@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from paratrain import state
+from paratrain import notes, state
 from paratrain.checkpoint import remote
 from paratrain.checkpoint.directory import best, prune, read_meta, step_path
 from paratrain.checkpoint.manifest import CheckpointError
@@ -143,10 +142,10 @@ class Saver:
             self._error = error
             return
         if is_main_process():
-            _attempt("old checkpoints could not be deleted", lambda: tidy(self.directory, self.options))
+            notes.attempt("old checkpoints could not be deleted", lambda: tidy(self.directory, self.options))
             if self.options.remote:
                 to, path = self.options.remote, self._path
-                _attempt(f"the checkpoint was not copied to {to}", lambda: remote.upload(path, to, self.options))
+                notes.attempt(f"the checkpoint was not copied to {to}", lambda: remote.upload(path, to, self.options))
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -171,10 +170,3 @@ def tidy(directory: Path, options: Checkpoint) -> None:
 def config_of(path: Path) -> Any:
     """The configuration kept in a checkpoint: to compare and to show, never to build from."""
     return read_meta(path).get("config")
-
-
-def _attempt(failure: str, call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except Exception as error:
-        log.warning("%s: %s", failure, error)

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from paratrain import notes
 from paratrain.config import Spike
 
 FILE_NAME = "bad_batches.jsonl"
@@ -32,8 +33,13 @@ def record(directory: Path, step: int, reason: str, samples: list[int], **number
         "samples": samples,
         "time": time.time(),
     }
-    with open(directory / FILE_NAME, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    text = json.dumps(line)
+
+    def append() -> None:
+        with open(directory / FILE_NAME, "a") as file:
+            file.write(text + "\n")
+
+    notes.attempt(f"{directory / FILE_NAME} did not take {text}", append)
 
 
 class SpikeDetector:

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from paratrain import notes
 from paratrain.errors import UserError
 
 FILE_NAME = "attempts.json"
@@ -24,7 +25,7 @@ def note_attempt(directory: Path, step: int, most: int) -> None:
     automatic = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     before = _read(path) if automatic else []
     attempts = [*before, {"step": step, "time": time.time()}]
-    path.write_text(json.dumps(attempts[-100:]))
+    notes.attempt(f"{path} was not written", lambda: notes.replace(path, json.dumps(attempts[-100:])))
     stuck = 0
     for attempt in reversed(attempts):
         if attempt["step"] != step:

@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
-from paratrain import compat
+from paratrain import compat, notes
 from paratrain.distributed import rank, world_size
 from paratrain.faults import HUNG
 
@@ -59,8 +60,8 @@ class Watchdog:
     def _watch(self) -> None:
         assert self.seconds is not None
         every = min(1.0, self.seconds / 4)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".stuck.txt"), "w") as file:
+        stuck = self.path.with_suffix(".stuck.txt")
+        with _writable(stuck) as file:
             try:
                 while not self._ended.wait(every):
                     faulthandler.dump_traceback_later(self.seconds + 4 * every, file=file, exit=True)
@@ -69,20 +70,35 @@ class Watchdog:
                         return
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        self.path.with_suffix(".stuck.txt").unlink(missing_ok=True)
+        stuck.unlink(missing_ok=True)
 
     def _give_up(self, since: float, doing: str) -> None:
         waited = time.monotonic() - since
         title = f"rank {rank()} of {world_size()}, process {os.getpid()}: no progress for {waited:.0f} s while {doing}"
-        with open(self.path, "w") as file:
-            file.write(f"{title} (trainer.step_timeout)\n\n{_collectives()}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+
+        def write() -> None:
+            with open(self.path, "w") as file:
+                file.write(f"{title} (trainer.step_timeout)\n\n{_collectives()}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+
+        if not notes.attempt(f"{self.path} was not written", write):  # a full disk must not keep what hangs alive
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
         text = f"{title}; stacks and collectives of all ranks are in {self.path.parent}; a restart goes on from the last checkpoint"
         log.error(text)
         print(f"error: {text}", file=sys.stderr, flush=True)
         time.sleep(_GRACE)
         self._leave(HUNG)
+
+
+def _writable(path: Path) -> TextIO:
+    """A new file, or stderr where the disk takes none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w")
+    except OSError as error:
+        log.warning("%s cannot be written (%s): a hang would be told on stderr", path, error.strerror)
+        return open(os.dup(sys.stderr.fileno()), "w")
 
 
 def _collectives() -> str:

@@ -8,12 +8,12 @@ import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from paratrain import notes
 from paratrain.config import Logger
 from paratrain.distributed import is_main_process
 from paratrain.errors import UserError
@@ -145,7 +145,7 @@ class Jsonl:
 
     def start(self, run: Mapping[str, Any]) -> None:
         rows = _read_jsonl(self.path) if self.resume and self.path.exists() else []
-        _replace(self.path, "".join(json.dumps(row) + "\n" for row in _until(rows, run["step"])))
+        notes.replace(self.path, "".join(json.dumps(row) + "\n" for row in _until(rows, run["step"])))
         self.file = self.path.open("a", buffering=1)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -195,7 +195,7 @@ class Csv:
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
         writer.writerows(rows)
-        _replace(self.path, text.getvalue())
+        notes.replace(self.path, text.getvalue())
 
 
 class TensorBoard:
@@ -242,10 +242,3 @@ def _until(rows: Iterable[dict[str, Any]], step: int) -> Iterable[dict[str, Any]
                 yield row
         except (KeyError, TypeError, ValueError):
             continue
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file so that a reader, or a crash, finds the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, newline="")
-    os.replace(new, path)

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from paratrain import notes
 from paratrain.config import WandB
 
 log = logging.getLogger(__name__)
@@ -169,5 +170,5 @@ def _kept_id(path: Path, resume: bool) -> str:
     if resume and path.exists() and (kept := path.read_text().strip()):
         return kept
     identity = secrets.token_hex(4)
-    path.write_text(identity)
+    notes.replace(path, identity)
     return identity
