@@ -1,0 +1,32 @@
+"""Files that tell of a job and that training does not depend on: whole or as they were, and a disk that refuses them stops nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, or a crash, finds the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old one stands.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, newline="")
+    os.replace(new, path)
+
+
+def attempt(failure: str, call: Callable[[], Any]) -> bool:
+    """Whether `call` went well; an error in it is a warning that begins with `failure`."""
+    try:
+        call()
+    except Exception as error:
+        log.warning("%s: %s", failure, error)
+        return False
+    return True
