@@ -34,15 +34,15 @@ def import_time(rows: dict) -> list[list[str]]:
 
 
 def recovery(rows: dict) -> list[list[str]]:
-    def middle(name: str) -> str:
-        return f"{statistics.median(rows[name]):.2f} s"
-
-    return [
-        ["", "median"],
-        [f"training waits for a checkpoint of {rows['state_mib']:.0f} MiB, written before it goes on", middle("sync_s")],
-        ["the same, written while it goes on", middle("async_stall_s")],
-        ["SIGKILL of a rank to the next training step, restarted by torchrun", middle("sigkill_to_next_step_s")],
-    ]
+    table = [["", "median (quartiles)"]]
+    for row in rows["saves"]:
+        table += [
+            [f"training waits for a checkpoint of {row['state_mib']:.0f} MiB, written before it goes on", _spread(row["sync_s"])],
+            [f"the same, written while it goes on: {100 * row['ratio']:.1f} %", _spread(row["async_stall_s"])],
+            [f"by how much the step beside the writing, of {row['step_s']:.1f} s, takes longer", _spread(row["async_beside_s"])],
+        ]
+    killed = f"{statistics.median(rows['sigkill_to_next_step_s']):.1f} s"
+    return [*table, ["SIGKILL of a rank to the next training step, restarted by torchrun", killed]]
 
 
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
@@ -97,6 +97,11 @@ def render(name: str) -> str:
 def _table(head: list[str], body: list[list[str]], right: bool = True) -> str:
     rule = ["---", *["---:" if right else "---"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+
+
+def _spread(seconds: list[float]) -> str:
+    low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+    return f"{middle:.3g} ms ({low:.3g} to {high:.3g})"
 
 
 def _mfu(row: dict) -> str:

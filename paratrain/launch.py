@@ -70,6 +70,7 @@ def job(config: dict[str, Any], output_dir: str) -> Any:
         RuntimeError: when a process of the job failed.
     """
     file = Path(output_dir) / "job.json"
+    file.touch(mode=0o600)  # secrets, too: its processes need them
     file.write_text(json.dumps([config, False, {}]))
     (file.parent / RESULT).unlink(missing_ok=True)
     env = {name: value for name, value in os.environ.items() if name != COMMAND}

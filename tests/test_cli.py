@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -69,6 +70,25 @@ def test_two_ranks_share_one_directory_and_one_configuration(project):
     assert (project / "runs" / "a" / "rank1.log").read_text().count("hello") == 1
     assert done.stdout.count("hello") == 1  # rank 1 logs to its file
     assert "hello" not in done.stderr
+
+
+def test_what_is_kept_of_a_job_holds_no_secret_and_follows_the_umask(project):
+    """Hydra's record of configuration and overrides, and the logs."""
+    umask = os.umask(0o077)
+    try:
+        done = run(project, "app.py", "+app.api_key=hunter2", "+app.url='https://me:hunter2@host/x'", "+app.n=3")
+    finally:
+        os.umask(umask)
+    assert done.returncode == 0, done.stderr
+    kept = {path.name: path for path in (project / "runs" / "a").rglob("*") if path.is_file()}
+    assert {"config.yaml", "hydra.yaml", "overrides.yaml"} <= kept.keys()
+    assert not [name for name, path in kept.items() if "hunter2" in path.read_text()]
+    overrides = yaml.safe_load(kept["overrides.yaml"].read_text())
+    assert "+app.api_key=[redacted]" in overrides
+    assert "+app.n=3" in overrides
+    assert yaml.safe_load(kept["config.yaml"].read_text())["app"] == {"api_key": "[redacted]", "url": "https://[redacted]@host/x", "n": 3}
+    assert yaml.safe_load(kept["hydra.yaml"].read_text())["hydra"]["overrides"]["task"] == overrides
+    assert not [path for path in (project / "runs").rglob("*") if path.stat().st_mode & 0o077]
 
 
 def test_a_mistake_is_reported_once_and_nothing_is_started(project):
@@ -162,6 +182,7 @@ def test_a_sweep_starts_one_torchrun_a_job(project):
     first, second = (str(project / "runs" / "s" / name) for name in "01")
     assert [fields[:2] for fields in ran(done)] == [["0", first], ["0", second], ["1", first], ["1", second]]
     assert [json.loads((Path(path) / "result.json").read_text()) for path in (first, second)] == [0.2, 0.4]
+    assert not [path for path in (first, second) if (Path(path) / "job.json").stat().st_mode & 0o077]  # it may hold secrets
 
 
 def test_a_directory_on_the_command_line_extends_the_librarys_groups(project):

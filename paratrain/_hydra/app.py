@@ -116,6 +116,7 @@ def _run(
         print(_help.text(_groups(loader, composed), _shown(composed)))
         return
     args.overrides = list(composed.overrides)
+    subdirectory: str | None = None
     if not (args.cfg or args.info or args.shell_completion or args.hydra_help):
         checked(composed)
         assert composed.cfg is not None
@@ -123,11 +124,16 @@ def _run(
             raise UserError(_no_multirun())
         if not args.multirun:
             args.overrides += _output_dir(composed, store)
+        subdirectory = composed.cfg.hydra.output_subdir
+        args.overrides += ["hydra.output_subdir=null"]  # Hydra writes what it was told, secrets too
     elif composed.problems:
         raise ConfigError(composed.problems)
 
     def run(cfg: DictConfig) -> Any:
         settings = HydraConfig.get()
+
+        if subdirectory is not None:
+            _keep(Path(settings.runtime.output_dir) / subdirectory, cfg, settings)
 
         def typed() -> config.Config:
             return dataclasses.replace(from_hydra(cfg), output_dir=settings.runtime.output_dir)
@@ -142,6 +148,22 @@ def _run(
     args.config_name = args.config_path = args.config_dir = None
     named = functools.wraps(task)(run)
     _run_hydra(args=args, args_parser=parser, task_function=named, config_path=directory, config_name=config_name)
+
+
+def _keep(directory: Path, cfg: DictConfig, settings: Any) -> None:
+    """The files that Hydra keeps of a job, without its secrets."""
+    from paratrain.metrics.sinks import redact, redact_overrides
+
+    overrides = redact_overrides(settings.overrides.task)
+    own = OmegaConf.to_container(settings, resolve=False)
+    assert isinstance(own, dict)
+    own["overrides"] = {kind: redact_overrides(words) for kind, words in own["overrides"].items()}
+    if overrides != list(settings.overrides.task):
+        own["job"]["override_dirname"] = "[redacted]"
+    kept = {"config": redact(OmegaConf.to_container(cfg, resolve=False)), "hydra": {"hydra": redact(own)}, "overrides": overrides}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in kept.items():
+        (directory / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,20 @@ def incomplete(directory: str | os.PathLike) -> list[tuple[int, Path, str]]:
 
 
 def recover(directory: str | os.PathLike) -> None:
-    """Give checkpoints that a killed save had renamed aside their names back. Call it where no save is under way."""
-    for step, path in _replaced(Path(directory)):
-        if _complete(path):
-            os.rename(path, step_path(directory, step))
+    """Give checkpoints that a killed save had renamed aside their names back, and delete what else interrupted saves left.
+
+    Call it where no save is under way.
+
+    Raises:
+        CheckpointError: something cannot be renamed or deleted; names it and the reason.
+    """
+    with _named():
+        for step, path in _replaced(Path(directory)):
+            if _complete(path):
+                os.rename(path, step_path(directory, step))
+        for entry in _entries(Path(directory)):
+            if _HIDDEN.fullmatch(entry.name):
+                shutil.rmtree(entry)
 
 
 def set_aside(path: Path, kind: str = "damaged") -> Path:
@@ -157,7 +168,7 @@ def _metric(meta: dict[str, Any], name: str) -> float | None:
 
 
 def prune(directory: str | os.PathLike, keep: int, protected: Callable[[int], bool] = lambda step: False) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what interrupted saves left. Call it where no save is under way.
+    """Delete all but the `keep` newest complete checkpoints, after `recover`. Call it where no save is under way.
 
     A directory that is no complete checkpoint neither counts nor goes.
 
@@ -168,17 +179,19 @@ def prune(directory: str | os.PathLike, keep: int, protected: Callable[[int], bo
         CheckpointError: when something cannot be deleted; names it and the reason.
     """
     assert keep >= 1, "the last checkpoint is never deleted"
-    directory = Path(directory)
-    try:
-        recover(directory)
+    recover(directory)
+    with _named():
         for step, path in steps(directory)[:-keep]:
             if not protected(step):
                 aside = beside(path, "gone")
                 os.rename(path, aside)
                 shutil.rmtree(aside)
-        for entry in _entries(directory):
-            if _HIDDEN.fullmatch(entry.name):
-                shutil.rmtree(entry)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"cannot delete {error.filename}: {error.strerror}") from error
 

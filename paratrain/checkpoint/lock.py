@@ -20,6 +20,10 @@ from paratrain.errors import UserError
 
 FILE_NAME = ".lock"
 _BEAT = 5.0
+_DYING = 2.0
+"""Seconds that a killed process may take to go: it ends its write to the disk first."""
+_LEASE = 120.0
+"""Seconds after which a file server gives up the lock of a host that does not answer (90 by NFSv4's default)."""
 
 
 @contextmanager
@@ -33,10 +37,7 @@ def held(directory: Path) -> Iterator[None]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     ended = threading.Event()
     try:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _taken(directory, _holder(fd)) from None
+        _acquire(fd, directory)
         holder = _holder(fd)
         if holder and holder.get("host") != socket.gethostname() and _beats(path):
             raise _taken(directory, holder)
@@ -48,6 +49,19 @@ def held(directory: Path) -> Iterator[None]:
     finally:
         ended.set()
         os.close(fd)
+
+
+def _acquire(fd: int, directory: Path) -> None:
+    """Take the lock. That of a dying process, or of a host that is gone, may outlive it for a while; a live holder renews its file."""
+    deadline = time.monotonic() + _DYING
+    while True:
+        try:
+            return fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder, elsewhere = _holder(fd), _holder(fd).get("host") != socket.gethostname()
+            if time.monotonic() > deadline + (_LEASE if elsewhere else 0.0) or (elsewhere and _beats(directory / FILE_NAME)):
+                raise _taken(directory, holder) from None
+        time.sleep(0.1)
 
 
 def _taken(directory: Path, holder: dict) -> UserError:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -92,6 +93,7 @@ def run_info(
         "world_size": world_size,
         "step": step,
         "max_steps": max_steps,
+        "secret_arguments": redact_overrides(sys.argv[1:]) != sys.argv[1:],
     }
 
 
@@ -104,6 +106,12 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         return _HIDDEN if value and _SECRET.search(name) else _USERINFO.sub(_HIDDEN, value)
     return value
+
+
+def redact_overrides(overrides: Iterable[str]) -> list[str]:
+    """`key=value` words with secrets replaced as by `redact`."""
+    parts = (word.partition("=") for word in overrides)
+    return [f"{key}{sign}{redact(value, key)}" if sign else redact(key) for key, sign, value in parts]
 
 
 class _Guarded:

@@ -115,7 +115,13 @@ class WeightsAndBiases:
             dir=str(self.run_dir),
             config={**info["config"], "git_commit": info["git_commit"], "world_size": info["world_size"]},
             allow_val_change=True,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS - 10),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS - 10,
+                x_disable_meta=info["secret_arguments"],  # among them is the command line
+            ),
         )
         # `step` is a metric like any other: W&B's own step must rise, and drops what a resumed run logs again.
         run.define_metric("step")

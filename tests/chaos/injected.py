@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import torch
 
+from paratrain import checkpoint
 from paratrain.callbacks import Callback
 from paratrain.checkpoint import files, planning
 from paratrain.distributed import rank
@@ -20,36 +23,53 @@ def die():
 
 
 class Fault(Callback):
-    """Does `kind` on rank `on` after step `step` (kinds of saving: in the first save from that step on)."""
+    """Does `kind` on rank `on` after step `step` (kinds of saving: in the first save from that step on; not-finite: in that step)."""
 
     def __init__(self, kind: str, step: int, on: int = 0, times: int = 1):
         self.kind, self.step, self.on, self.times = kind, step, on, times
 
     def on_fit_start(self, trainer):
         self.trainer = trainer
-        if self.kind.startswith("save") and rank() == self.on:
-            write, publish = files.write, planning.Writer._publish
+        if rank() != self.on:
+            return
+        if self.kind.startswith("save"):
+            self._hurt_saves()
+        if self.kind == "not-finite":
+            norm = next(module for name, module in trainer.engine.model.named_modules() if "norm" in name)
+            norm.register_forward_hook(lambda _, __, out: out * float("not-finite") if norm.training and self._now(exactly=True) else out)
 
-            def torn(path, parts):
-                half = self.kind == "save-data" and path.name != "manifest.json"
-                if half and self._now():
-                    path.write_bytes(b"".join(bytes(part) for part in parts)[:1000])
-                    die()
-                if self.kind == "save-manifest" and path.name == "manifest.json" and self._now():
-                    die()
-                if self.kind == "save-full" and path.name != "manifest.json" and self._now():
-                    raise files.CheckpointError(f"{path.name}: No space left on device after 0 bytes")
-                return write(path, parts)
+    def _hurt_saves(self):
+        write, publish, check_space = files.write, planning.Writer._publish, planning.Writer._check_space
 
-            def unpublished(writer):
-                if self.kind == "save-rename" and self._now():
-                    die()
-                publish(writer)
+        def torn(path, parts):
+            if self.kind == "save-data" and path.name != "manifest.json" and self._now():
+                path.write_bytes(b"".join(bytes(part) for part in parts)[:1000])
+                die()
+            if self.kind == "save-manifest" and path.name == "manifest.json" and self._now():
+                die()
+            return write(path, parts)
 
-            files.write, planning.Writer._publish = torn, unpublished
+        def unpublished(writer):
+            if self.kind == "save-rename" and self._now():
+                die()
+            publish(writer)
+
+        def filled(writer, needed):
+            check_space(writer, needed)
+            if self.kind == "save-full" and self._now():
+                with open(self._filler, "w") as file:
+                    os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self._filler).free - needed // 2)
+
+        files.write, planning.Writer._publish, planning.Writer._check_space = torn, unpublished, filled
+
+    @property
+    def _filler(self) -> Path:
+        return self.trainer.output_dir / "filler"
 
     def on_step_end(self, trainer, result):
-        if self.kind.startswith("save") or rank() != self.on or not self._now():
+        if self.kind == "save-full" and rank() == self.on and trainer.engine.global_step == self.step + 5:
+            self._filler.unlink(missing_ok=True)
+        if self.kind.startswith("save") or self.kind == "not-finite" or rank() != self.on or not self._now():
             return
         if self.kind == "sigkill":
             die()
@@ -57,6 +77,8 @@ class Fault(Callback):
             ctypes.string_at(0)
         if self.kind == "raise":
             raise RuntimeError("raised on purpose")
+        if self.kind == "memory":
+            torch.empty(1 << 50, dtype=torch.uint8)
         if self.kind in ("SIGTERM", "SIGUSR1", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, self.kind))
         if self.kind == "hang":
@@ -67,14 +89,44 @@ class Fault(Callback):
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
             for pid in children:
                 os.kill(int(pid), signal.SIGKILL)
+        if self.kind.startswith("clock"):
+            Path(os.environ["CLOCK_JUMP"]).write_text(str({"clock-forward": 5, "clock-back": -9}[self.kind] * 3600))
+        if self.kind == "bit":
+            weight = next(param for name, param in trainer.engine.model.named_parameters() if "norm" in name)
+            weight = weight.to_local() if hasattr(weight, "to_local") else weight
+            weight.data.view(torch.int32).view(-1)[3] ^= 1 << 20
+        if self.kind.startswith("damage"):
+            trainer.saver.join()
+            damage(trainer.checkpoint_dir, self.kind.removeprefix("damage-"))
+            die()
 
-    def _now(self) -> bool:
+    def _now(self, exactly: bool = False) -> bool:
         marker = self.trainer.output_dir / f"did-{self.kind}"
         done = len(marker.read_text()) if marker.exists() else 0
-        if self.trainer.engine.global_step < self.step or done >= self.times:
+        step = self.trainer.engine.global_step
+        if step < self.step or done >= self.times or (exactly and step != self.step):
             return False
         marker.write_text("x" * (done + 1))
         return True
+
+
+def damage(directory: Path, kind: str):
+    """Damage the newest of at least two checkpoints."""
+    chance = random.Random(os.urandom(8))
+    (_, before), (_, newest) = checkpoint.steps(directory)[-2:]
+    victim = chance.choice(sorted(newest.iterdir()))
+    content = bytearray(victim.read_bytes())
+    if kind == "flip":
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    if kind == "truncate":
+        del content[chance.randrange(len(content)) :]
+    if kind == "zero":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    if kind == "swap":
+        content[:] = (before / victim.name).read_bytes()
+    victim.write_bytes(content)
+    if kind == "missing":
+        victim.unlink()
 
 
 class Slow(Callback):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,76 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import STEPS, TINY, attempts, environment, fault, finish, free_port, logged, same, start, train, wait_for
 
 from paratrain import checkpoint
-
-HERE = Path(__file__).parent
-STEPS = 12
-TINY = [
-    "data=synthetic", "data.seq_len=16", "data.vocab_size=32", "data.samples=40", "data.eval_samples=0", "data.global_batch=6",
-    "model.layers=1", "model.dim=32", "model.heads=2", "model.dropout=0.2", "trainer.clip_norm=1.0", "scheduler=cosine",
-    "seed=3", f"trainer.max_steps={STEPS}", "checkpoint.every=3", "trainer.log_every=1", "+callbacks.weights._target_=injected.Weights",
-]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(checkpoint.__file__).parents[2])
-    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**ours, "PYTHONPATH": f"{root}:{HERE}", "OMP_NUM_THREADS": "1"}
-
-
-def start(directory: Path, *overrides: str, ranks: int = 2, restarts: int = 2, launcher: tuple[str, ...] = ("torch.distributed.run",)):
-    """A job under torchrun, in a process group of its own."""
-    directory.mkdir(parents=True, exist_ok=True)
-    options = [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    command = [sys.executable, "-m", *launcher, "--standalone", *options, "-m", "paratrain.train", *TINY, f"hydra.run.dir={directory}"]
-    with open(directory / "output.txt", "a") as output:
-        return subprocess.Popen([*command, *overrides], env=environment(), stdout=output, stderr=output, start_new_session=True)
-
-
-def finish(process: subprocess.Popen, directory: Path, code: int | None = 0) -> str:
-    try:
-        ended = process.wait(150)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    text = (directory / "output.txt").read_text()
-    assert code is None or ended == code, text[-6000:]
-    return text
-
-
-def train(directory: Path, *overrides: str, code: int | None = 0, **options) -> str:
-    return finish(start(directory, *overrides, **options), directory, code)
-
-
-def fault(kind: str, step: int, **more: int) -> list[str]:
-    options = {"kind": kind, "step": step, **more}
-    return ["+callbacks.fault._target_=injected.Fault", *(f"+callbacks.fault.{name}={value}" for name, value in options.items())]
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """Weights of a job that nothing happened to."""
-
-    @functools.cache
-    def weights(*overrides: str, ranks: int = 2) -> dict[str, torch.Tensor]:
-        directory = tmp_path_factory.mktemp("undisturbed")
-        train(directory, *overrides, ranks=ranks)
-        return torch.load(directory / "weights.pt", weights_only=True)
-
-    return weights
-
-
-def same(directory: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = torch.load(directory / "weights.pt", weights_only=True)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
-
-
-def attempts(directory: Path) -> list[int]:
-    return [attempt["step"] for attempt in json.loads((directory / "attempts.json").read_text())]
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed):
@@ -94,20 +25,6 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path, undis
     seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
     assert seconds["restart"] > 1
     assert seconds["recomputed"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
-@pytest.mark.parametrize("kind", ["sigkill", "segv", "raise", "save-data", "save-manifest", "save-rename"])
-def test_a_rank_that_dies_anyhow(kind, strategy, tmp_path, undisturbed):
-    train(
-        tmp_path,
-        *fault(kind, 5 if kind.startswith("save") else 8, on=0 if kind in ("save-manifest", "save-rename") else 1),
-        f"strategy={strategy}",
-    )
-    same(tmp_path, undisturbed(f"strategy={strategy}"))
-    assert len(attempts(tmp_path)) == 2
-    assert not [path for path in (tmp_path / "checkpoints").iterdir() if ".tmp-" in path.name]
 
 
 @pytest.mark.slow
@@ -155,22 +72,6 @@ def test_a_hang_is_noticed_told_and_restarted(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["SIGSTOP", "hang-with-gil"])
-def test_a_rank_that_cannot_speak_is_told_of_by_the_others(kind, tmp_path, undisturbed):
-    train(tmp_path, *fault(kind, 8, on=1), "trainer.step_timeout=3s")
-    same(tmp_path, undisturbed())
-    assert "all_reduce" in (tmp_path / "hang" / "rank0.txt").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_loader_worker_is_named_and_the_job_restarts(tmp_path, undisturbed):
-    text = train(tmp_path, *fault("loader", 8, on=1), "data.workers=1")
-    same(tmp_path, undisturbed())
-    assert "DataLoader worker (pid" in text
-    assert "killed by signal" in text
-
-
-@pytest.mark.slow
 def test_a_restart_loop_gives_up(tmp_path):
     text = train(tmp_path, *fault("raise", 4, times=100), "trainer.max_stuck_restarts=2", restarts=4, code=None)
     assert "started 3 times in a row from step 3" in text
@@ -213,24 +114,3 @@ def test_a_vanished_node_leaves_a_smaller_job_that_goes_on(tmp_path, undisturbed
     for name, value in undisturbed("model.dropout=0").items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert logged(tmp_path) == list(range(1, STEPS + 1))
-
-
-def logged(directory: Path) -> list[int]:
-    path = directory / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_for(condition, *processes, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
