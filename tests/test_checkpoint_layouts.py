@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import resource
 
 import pytest
@@ -249,6 +250,28 @@ def test_damage_is_named_by_rank_and_file_on_all_ranks(tmp_path):
     assert first == second
     assert "rank-00001.safetensors: damaged: bytes 0 to " in first
     assert "rank-00000" not in first
+
+
+def test_300_flips_of_300_are_found_whichever_file_they_hit(tmp_path):
+    """A bit at a random byte of a checkpoint that two ranks wrote: the fault names the file, and so the rank."""
+    path = tmp_path / "c"
+    spawn.run(save_as, 2, "shard0", path)
+    chance, files = random.Random(5), sorted(path.iterdir())
+    original = {file: file.read_bytes() for file in files}
+    hits = dict.fromkeys(files, 0)
+    for _ in range(300):
+        (victim,) = chance.choices(files, [len(original[file]) for file in files])
+        content = bytearray(original[victim])
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(content)
+        faults = checkpoint.check(path)
+        assert len(faults) == 1
+        assert victim.name in faults[0]
+        hits[victim] += 1
+        victim.write_bytes(original[victim])
+    assert checkpoint.check(path) == []
+    assert sum(hits.values()) == 300
+    assert all(hits.values())
 
 
 def test_a_mistake_on_one_rank_is_told_on_all(tmp_path):

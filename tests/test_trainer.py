@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from reference import LENGTH, VOCAB, Tiny, token_loss
 from torch import nn
 
@@ -21,6 +22,8 @@ from paratrain.checkpoint import saver
 from paratrain.config import Checkpoint, Config, Logger, LossScale, Optimizer, Precision, Scheduler, Spike, SyntheticData
 from paratrain.config import Trainer as TrainerConfig
 from paratrain.errors import ConfigError, UserError
+from paratrain.faults import batches as bad_batches
+from paratrain.goodput import Goodput
 from paratrain.spawn import run
 from paratrain.trainer import Trainer
 
@@ -293,6 +296,48 @@ def test_two_jobs_in_one_directory_are_refused_by_name(tmp_path):
     assert (tmp_path / ".lock").read_text() == ""
 
 
+def test_the_lock_of_a_dying_process_is_waited_for(tmp_path):
+    """A killed process may end its write to the disk first; its lock lives so long."""
+    from paratrain.checkpoint import lock
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with lock.held(tmp_path):
+            os.write(writer, b"x")
+            time.sleep(0.7)
+        os._exit(0)
+    os.read(reader, 1)
+    with lock.held(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    os.waitpid(child, 0)
+
+
+def test_a_configuration_in_a_checkpoint_builds_nothing(tmp_path):
+    """A hostile `_target_` is shown as a difference; forced, the user's own model is trained all the same."""
+    cfg = config(tmp_path)
+    fit(replace(cfg, trainer=replace(cfg.trainer, max_steps=4)))
+    manifest = checkpoint.step_path(tmp_path / "checkpoints", 4) / "manifest.json"
+    content = json.loads(manifest.read_bytes())
+    content.pop("xxh3_128")
+    content["meta"]["config"]["model"] = {"_target_": "os.mkdir", "path": str(tmp_path / "executed")}
+    body = json.dumps(content)[1:].encode()
+    manifest.write_bytes(b'{"xxh3_128": "%s",\n%s' % (xxhash.xxh3_128_hexdigest(body).encode(), body))
+    with pytest.raises(UserError, match=r"model\._target_: 'os\.mkdir' -> "):
+        fit(cfg)
+    fit(replace(cfg, resume_force=["*"]))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_a_killed_save_left_is_gone_after_a_resume(tmp_path):
+    """Also where all checkpoints are kept, and nothing is ever pruned."""
+    cfg = config(tmp_path)
+    fit(replace(cfg, trainer=replace(cfg.trainer, max_steps=4)))
+    (tmp_path / "checkpoints" / f".step-000006.tmp-{'a' * 32}").mkdir()
+    fit(cfg)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-00000{step}" for step in (2, 4, 6, 8, 9)]
+
+
 def test_best_and_kept_checkpoints(tmp_path):
     """`best` saves at evaluations that improve, and keeps that one; `keep_every` keeps its multiples."""
 
@@ -449,12 +494,41 @@ def test_goodput_accounts_for_the_whole_time_over_restarts(tmp_path):
     assert ratios[-1] == pytest.approx(seconds["steps"] / sum(seconds.values()), abs=0.2)
 
 
+@pytest.mark.parametrize("hours", [5, -9])
+def test_goodput_does_not_see_a_clock_that_jumps_between_attempts(hours, tmp_path, monkeypatch):
+    first = Goodput(tmp_path / "goodput.json")
+    first.start()
+    first.write(now=True)
+    jumped = time.time() + 3600 * hours
+    monkeypatch.setattr(time, "time", lambda: jumped)
+    second = Goodput(tmp_path / "goodput.json")
+    second.start()
+    assert 0 < second.seconds["restart"] < 60
+
+
 def test_out_of_memory_says_who_holds_what(tmp_path):
     def loss(outputs, targets):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with pytest.raises(UserError, match=r"(?s)step 0: out of memory on cpu.*weights .* GiB.*memory.recompute=full.*strategy=fsdp"):
         Trainer(config(tmp_path), Tiny, loss, Tokens()).fit()
+
+
+def test_a_disk_that_refuses_the_accounts_stops_nothing(tmp_path, monkeypatch, caplog):
+    """Goodput, attempts and bad batches tell of the job; the loop does not depend on them."""
+    from paratrain import notes
+
+    def refuse(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(notes, "replace", refuse)
+    (tmp_path / "bad_batches.jsonl").mkdir()
+    cfg = config(tmp_path, logger=Logger(sinks=[]))
+    fit(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)))
+    bad_batches.record(tmp_path, 4, "spike", [1, 2])
+    for name in ("goodput.json", "attempts.json"):
+        assert f"{name} was not written: [Errno 28] No space left on device" in caplog.text
+    assert '"samples": [1, 2]' in caplog.text
 
 
 def test_restarts_that_come_no_further_give_up(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from paratrain.trainer import Trainer
 
 _CHUNK = 1 << 22
+_ABSENT = -1
+"""In place of the number of a shard, where a rank does not hold the tensor."""
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio in 64 bits (Knuth), as a signed number
 
 
@@ -46,23 +48,23 @@ class ReplicaCheck(Callback):
 def check_replicas(engine: Engine) -> None:
     """Raise a `UserError` if ranks that should hold the same weights do not; every rank must call it."""
     named = dict(engine.model.named_parameters())
-    tensors: list[tuple[str, Tensor, int]] = []
+    experts = engine._layout.experts
+    found_here: dict[str, Tensor] = {}
     for kind in ("parameter", "gradient of"):
         for name, param in named.items():
             tensor = param if kind == "parameter" else param.grad
             if tensor is not None:
-                tensors.append(
-                    (f"{kind} {name}", tensor, _shard(tensor) * engine._layout.experts.ranks + engine._layout.experts.owners.get(name, 0))
-                )
-    mine = torch.stack(
-        [torch.stack([fingerprint(_local(tensor)), torch.tensor(shard, device=_local(tensor).device)]) for _, tensor, shard in tensors]
-    )
+                shard = torch.tensor(_shard(tensor) * experts.ranks + experts.owners.get(name, 0), device=engine.device)
+                found_here[f"{kind} {name}"] = torch.stack([fingerprint(_local(tensor)).to(engine.device), shard])
+    names = _names(list(found_here), engine)
+    absent = torch.tensor([0, _ABSENT], device=engine.device)
+    mine = torch.stack([found_here.get(name, absent) for name in names])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     table = torch.stack(every).cpu()
     if bool((table == table[0]).all()):
         return
-    found = [problem for index, (name, _, _) in enumerate(tensors) if (problem := _desync(name, table[:, index]))]
+    found = [problem for index, name in enumerate(names) if (problem := _desync(name, table[:, index]))]
     if found:
         more = f" (and {len(found) - 1} more tensors)" if len(found) > 1 else ""
         raise UserError(
@@ -70,6 +72,15 @@ def check_replicas(engine: Engine) -> None:
             "checkpoint, and find the cause with `python -m paratrain verify` (a parameter changed on one rank, an update that was skipped "
             "there, a faulty device)"
         )
+
+
+def _names(mine: list[str], engine: Engine) -> list[str]:
+    """The names of all ranks in one order: those of a pipeline hold different ones."""
+    if engine.mesh.root["pp"].size() == 1:
+        return mine
+    every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, mine)
+    return list(dict.fromkeys(name for names in every for name in names))
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -102,7 +113,7 @@ def _shard(tensor: Tensor) -> int:
 
 def _desync(name: str, column: Tensor) -> str | None:
     """What is wrong with one tensor, from [rank, (fingerprint, shard)]."""
-    for shard in column[:, 1].unique().tolist():
+    for shard in sorted(set(column[:, 1].tolist()) - {_ABSENT}):
         holders = [rank for rank in range(len(column)) if int(column[rank, 1]) == shard]
         values = [int(column[rank, 0]) for rank in holders]
         if len(set(values)) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ def die():
 
 
 class Fault(Callback):
-    """Does `kind` on rank `on` after step `step` (kinds of saving: in the first save from that step on; not-finite: in that step)."""
+    """Does `kind` on rank `on` after step `step` (kinds of saving: in the first save from that step on; nonfinite: in that step)."""
 
     def __init__(self, kind: str, step: int, on: int = 0, times: int = 1):
         self.kind, self.step, self.on, self.times = kind, step, on, times
@@ -34,9 +35,9 @@ class Fault(Callback):
             return
         if self.kind.startswith("save"):
             self._hurt_saves()
-        if self.kind == "not-finite":
+        if self.kind == "nonfinite":
             norm = next(module for name, module in trainer.engine.model.named_modules() if "norm" in name)
-            norm.register_forward_hook(lambda _, __, out: out * float("not-finite") if norm.training and self._now(exactly=True) else out)
+            norm.register_forward_hook(lambda _, __, out: out * math.nan if norm.training and self._now(exactly=True) else out)
 
     def _hurt_saves(self):
         write, publish, check_space = files.write, planning.Writer._publish, planning.Writer._check_space
@@ -69,7 +70,7 @@ class Fault(Callback):
     def on_step_end(self, trainer, result):
         if self.kind == "save-full" and rank() == self.on and trainer.engine.global_step == self.step + 5:
             self._filler.unlink(missing_ok=True)
-        if self.kind.startswith("save") or self.kind == "not-finite" or rank() != self.on or not self._now():
+        if self.kind.startswith("save") or self.kind == "nonfinite" or rank() != self.on or not self._now():
             return
         if self.kind == "sigkill":
             die()

@@ -32,9 +32,9 @@ STORIES = {
         ["set aside as .damaged-step-000006", "set aside as .damaged-step-000009"],
     ),
     "values": (
-        [("not-finite", 5, 1), ("bit", 8, 1)],
+        [("nonfinite", 5, 1), ("bit", 8, 1)],
         ["+callbacks.replicas._target_=paratrain.verify.ReplicaCheck", "+callbacks.replicas.every=1"],
-        ["not finite", "trainer.nonfinite=raise", "replicas differ: parameter", "norm"],
+        ["the loss is nan", "trainer.nonfinite=raise", "replicas differ: parameter", "norm"],
     ),
 }
 
