@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)
 
-.PHONY: train test test-slow lint bench gpu gpu-packages clean
+.PHONY: train test test-slow lint audit bench gpu gpu-packages clean
 .DEFAULT_GOAL := train
 
 # Train a GPT on real text over 2 processes, and print text it writes.
@@ -17,6 +17,11 @@ test: lint
 # Every test, the minutes-long ones too.
 test-slow: .venv/installed
 	$(RUN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
+
+# Known vulnerabilities of what is installed. Asks PyPI, and fails where it gets no answer.
+audit: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt pip-audit
+	$(BIN)/pip-audit --local --skip-editable --strict --vulnerability-service pypi
 
 lint: .venv/installed
 	$(BIN)/ruff check
