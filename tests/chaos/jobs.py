@@ -73,12 +73,12 @@ def fault(kind: str, step: int, **more: int) -> list[str]:
     return [f"+callbacks.{kind}.{name}={value}" for name, value in options.items()]
 
 
-def same(directory: Path, expected: dict[str, torch.Tensor]) -> None:
+def same(directory: Path, expected: dict[str, torch.Tensor], last: int = STEPS) -> None:
     found = torch.load(directory / "weights.pt", weights_only=True)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, last + 1))
 
 
 def attempts(directory: Path) -> list[int]:

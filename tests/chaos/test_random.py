@@ -5,9 +5,11 @@ PARATRAIN_CHAOS_SECONDS=600 python -m pytest tests/chaos/test_random.py -m slow 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from jobs import finish, same, start
 
 from paratrain import checkpoint
 
+STEPS = 100
 SECONDS = float(os.environ.get("PARATRAIN_CHAOS_SECONDS", "60"))
 
 
@@ -26,11 +29,18 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def step_done(log: Path, process: subprocess.Popen) -> None:
+    """Wait for the next line of the log, at most a minute."""
+    before, ends = log.stat().st_mtime_ns if log.exists() else 0, time.monotonic() + 60
+    while time.monotonic() < ends and process.poll() is None and not (log.exists() and log.stat().st_mtime_ns != before):
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 900)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_kills_at_random_moments(strategy, tmp_path, undisturbed):
-    how = [f"strategy={strategy}", "checkpoint.every=1", "data.workers=1"]
+    how = [f"strategy={strategy}", "checkpoint.every=1", "data.workers=1", f"trainer.max_steps={STEPS}"]
     hurt = [*how, "+callbacks.slow._target_=injected.Slow", "+callbacks.slow.seconds=0.2", "trainer.max_stuck_restarts=1000"]
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # shown when the test fails
@@ -39,20 +49,24 @@ def test_kills_at_random_moments(strategy, tmp_path, undisturbed):
     process = start(tmp_path, *hurt, restarts=1000)
     try:
         while time.monotonic() < ends and process.poll() is None:
-            time.sleep(chance.uniform(0, 3.0) ** 2)
-            ranks = children(process.pid)
-            victims = [process.pid] if chance.random() < 0.1 else [pid for rank in ranks for pid in (rank, *children(rank))]
-            if victims and process.poll() is None:
-                os.kill(chance.choice(victims), signal.SIGKILL)
-                killed += 1
-            if process.poll() is not None and process.returncode == -signal.SIGKILL:
+            if chance.random() < 0.7:  # mostly in or shortly after a step, else in whatever happens at the start
+                step_done(tmp_path / "metrics.jsonl", process)
+                time.sleep(chance.uniform(0, 0.5))
+            else:
+                time.sleep(chance.uniform(0, 5))
+            if chance.random() < 0.1:
+                process.kill()
+                if process.wait() == 0:  # it was through
+                    break
                 process = start(tmp_path, *hurt, restarts=1000)
+            elif victims := [pid for rank in children(process.pid) for pid in (rank, *children(rank))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(victims), signal.SIGKILL)
+            killed += 1
     finally:
-        if process.poll() == -signal.SIGKILL:
-            process = start(tmp_path, *hurt, restarts=1000)
         finish(process, tmp_path, seconds=600)
-    assert killed >= SECONDS // 20
-    same(tmp_path, undisturbed(f"strategy={strategy}"))
-    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [10, 11, 12]
+    assert killed >= 3
+    same(tmp_path, undisturbed(*how), STEPS)
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [STEPS - 2, STEPS - 1, STEPS]
     left = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".") and "damaged" not in path.name]
     assert left == []
