@@ -87,7 +87,8 @@ def attempts(directory: Path) -> list[int]:
 
 def logged(directory: Path) -> list[int]:
     path = directory / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line)["step"] for line in whole.splitlines()]
 
 
 def wait_for(condition, *processes, seconds: float = 60.0) -> None:

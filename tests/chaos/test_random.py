@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import finish, same, start
+from jobs import finish, logged, same, start
 
 from paratrain import checkpoint
 
@@ -29,10 +29,10 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def step_done(log: Path, process: subprocess.Popen) -> None:
-    """Wait for the next line of the log, at most a minute."""
-    before, ends = log.stat().st_mtime_ns if log.exists() else 0, time.monotonic() + 60
-    while time.monotonic() < ends and process.poll() is None and not (log.exists() and log.stat().st_mtime_ns != before):
+def steps_done(directory: Path, count: int, process: subprocess.Popen) -> None:
+    """Wait for `count` more steps in the log than a restart begins with, at most a minute."""
+    ends, last = time.monotonic() + 60, max(logged(directory), default=0)
+    while time.monotonic() < ends and process.poll() is None and max(logged(directory), default=0) < last + count:
         time.sleep(0.02)
 
 
@@ -50,7 +50,7 @@ def test_kills_at_random_moments(strategy, tmp_path, undisturbed):
     try:
         while time.monotonic() < ends and process.poll() is None:
             if chance.random() < 0.7:  # mostly in or shortly after a step, else in whatever happens at the start
-                step_done(tmp_path / "metrics.jsonl", process)
+                steps_done(tmp_path, chance.randrange(1, 10), process)
                 time.sleep(chance.uniform(0, 0.5))
             else:
                 time.sleep(chance.uniform(0, 5))
