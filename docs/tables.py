@@ -39,7 +39,7 @@ def recovery(rows: dict) -> list[list[str]]:
         table += [
             [f"training waits for a checkpoint of {row['state_mib']:.0f} MiB, written before it goes on", _spread(row["sync_s"])],
             [f"the same, written while it goes on: {100 * row['ratio']:.1f} %", _spread(row["async_stall_s"])],
-            [f"by how much the step beside the writing, of {row['step_s']:.1f} s, takes longer", _spread(row["async_beside_s"])],
+            [f"by how much the step beside the writing, of {row['step_s']:.1f} s, is longer", _spread(row["async_beside_s"])],
         ]
     killed = f"{statistics.median(rows['sigkill_to_next_step_s']):.1f} s"
     return [*table, ["SIGKILL of a rank to the next training step, restarted by torchrun", killed]]
@@ -101,7 +101,7 @@ def _table(head: list[str], body: list[list[str]], right: bool = True) -> str:
 
 def _spread(seconds: list[float]) -> str:
     low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
-    return f"{middle:.3g} ms ({low:.3g} to {high:.3g})"
+    return f"{middle:.0f} ms ({low:.0f} to {high:.0f})"
 
 
 def _mfu(row: dict) -> str:
