@@ -30,7 +30,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
 
     Args:
         model_fn: any `nn.Module`, or a callable that returns one. The callable runs under `cfg.seed`, so that the initial weights
-            are the same in every layout; torch's generators are handed back as they were.
+            are the same in every layout; the generators of torch, numpy and `random` are handed back as they were.
         loss_fn: `loss_fn(outputs, targets)` -> (sum, count), or a scalar mean over what `trainer.loss_count` names.
         cfg: from `load_config`, or built in Python.
 

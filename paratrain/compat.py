@@ -70,6 +70,17 @@ def without_communication(model: Any) -> Iterator[None]:
     are gone afterwards.
     """
     groups = [group for module in model.modules() if hasattr(module, "_get_fsdp_state") for group in _param_groups(module)]
+def has_gradient_hooks(param: torch.Tensor) -> bool:
+    """Whether `register_hook` or `register_post_accumulate_grad_hook` was called on it; nothing public tells."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:
+    """Do for `outputs` of a `fully_shard` module what it does for those that it finds: gather its weights before their backward."""
+    if outputs:
+        module._get_fsdp_state()._register_pre_backward_hook(list(outputs))
+
+
     before = [(group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads) for group in groups]
     for group in groups:
         group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads = _Repeat(), _KeepOwn(), False

@@ -6,9 +6,11 @@ what the uninterrupted one would have drawn. The generators of the user's progra
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from paratrain.distributed import seed_for
@@ -33,3 +35,22 @@ def reseed(device: torch.device, *parts: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed `random`, `numpy.random` and torch's CPU generator: what code of the user's that builds or reads things may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def all_preserved() -> Iterator[None]:
+    """Give the generators that `seed_all` seeds back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import resource
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from reference import LENGTH, VOCAB, config, token_batches, token_loss
 from safetensors.torch import save_file
-from sharding_zoo import Scalars, gpt, zoo
+from sharding_zoo import Scalars, gpt, squares, zoo
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -272,3 +274,63 @@ def test_training_after_either_init_follows_one_process():
         expected, values = train(init, strategy=Single())
         assert losses == pytest.approx(expected, abs=1e-10)
         assert all(float((found[name] - value).abs().max()) < 1e-10 for name, value in values.items())
+
+
+def test_what_new_parameters_would_lose_is_refused():
+    """Hooks on gradients and second references to parameters know nothing of the sharded ones; under ddp both work."""
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.linear.weight.register_hook(lambda grad: grad * 0.5)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.shared = {"weights": [self.linear.weight]}
+
+        def forward(self, x):
+            return self.linear(x) @ self.shared["weights"][0]
+
+    def body():
+        messages = []
+        for model in (Hooked, Aliased):
+            setup(model, squares, config())
+            for sections in ({"strategy": Zero1()}, {"strategy": Zero1(), "memory": Memory(init="meta")}):
+                with pytest.raises(UserError) as caught:
+                    setup(model, squares, config(**sections))
+                messages.append(str(caught.value))
+        return messages
+
+    hooked, hooked_meta, aliased, aliased_meta = run(body, 2)[0]
+    assert "linear.weight has a hook on its gradient" in hooked
+    assert hooked == hooked_meta
+    assert "shared holds the parameter linear.weight" in aliased
+    assert aliased == aliased_meta
+
+
+def test_values_from_other_generators_are_a_function_of_the_seed_too():
+    class Drawn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(np.random.randn(4, 4)) * random.random())
+
+        def forward(self, x):
+            return x @ self.weight
+
+    def body(cfg):
+        np.random.seed(torch.distributed.get_rank() + 10)
+        before = np.random.get_state()[1].tolist()
+        weights = setup(Drawn, squares, cfg).full_state_dict()
+        assert np.random.get_state()[1].tolist() == before
+        return weights
+
+    first, second = (run(body, 2, config(strategy=strategy))[0]["weight"] for strategy in (DDP(), Zero1()))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, run(body, 1, replace(config(), seed=4))[0]["weight"])
+    assert torch.equal(first, run(body, 1, config())[0]["weight"])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from paratrain import rng
 from paratrain.batch import LocalBatch, span
 from paratrain.data.order import Order
 from paratrain.distributed import seed_for
@@ -136,7 +135,7 @@ class _Batches:
 
     def __getitem__(self, part: tuple[int, list[int]]) -> Any:
         epoch, indices = part
-        with _kept_random_states() if self.random else nullcontext():
+        with rng.all_preserved() if self.random else nullcontext():
             try:
                 return _collate([self._sample(epoch, index) for index in indices], indices)
             except UserError as error:
@@ -144,7 +143,7 @@ class _Batches:
 
     def _sample(self, epoch: int, index: int) -> Any:
         if self.random:
-            _seed_all(seed_for(_STREAM, self.seed, epoch, index))
+            rng.seed_all(seed_for(_STREAM, self.seed, epoch, index))
         try:
             sample = self.dataset[index]
         except Exception as error:
@@ -186,23 +185,6 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, list[int] | str]
             yield from _leaves(item, f"{place}[{number}]" if place else ("inputs", "targets")[number])
     else:
         yield place, list(value.shape) if hasattr(value, "shape") else type(value).__name__
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def _kept_random_states() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
 
 
 def _unchanged(batch: Any) -> Any:

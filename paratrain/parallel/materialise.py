@@ -27,7 +27,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
-from paratrain.compat import local_box
+from paratrain.compat import has_gradient_hooks, local_box
 from paratrain.config import Config
 from paratrain.distributed import rank, seed_for
 from paratrain.errors import UserError
@@ -80,7 +80,7 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
                 "register it with register_buffer, or write memory.init=constructor"
             )
     elif sharded and rank() != 0:
-        model = _on_meta_if_possible(model_fn, cfg.seed, device)
+        model = on_meta_if_possible(model_fn, cfg.seed, device)
     else:
         with _uninitialised_is_nan():
             model = _build(model_fn, cfg.seed, device)
@@ -94,9 +94,11 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
     forms = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in _tensors(model)}
     whole = forms, frozenset(model.state_dict())
     if cfg.memory.init == "meta":
+        _refuse_what_new_parameters_lose(model)
         return Plan(model, "seeded", {}, *whole)
     if not sharded:
         return Plan(model, "own", {}, *whole)
+    _refuse_what_new_parameters_lose(model)
     values = {name: tensor.detach() for name, tensor in _tensors(model)} if rank() == 0 else {}
     _replace(model, lambda old: torch.empty(old.shape, dtype=old.dtype, device="meta"))
     return Plan(model, "rank0", values, *whole)
@@ -146,15 +148,16 @@ def stream(planned: Plan, device: torch.device) -> Iterator[nn.Module]:
 
 
 def _build(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
-    with rng.preserved(device):
-        torch.manual_seed(seed)
+    with rng.preserved(device), rng.all_preserved():
+        rng.seed_all(seed)
+        torch.manual_seed(seed)  # those of every device
         model = model_fn()
     if not isinstance(model, nn.Module):
         raise UserError(f"model_fn must be an nn.Module or a callable that returns one, got {type(model).__name__}")
     return model
 
 
-def _on_meta_if_possible(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
+def on_meta_if_possible(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
     """The module without its values; built for real where its constructor needs them."""
     try:
         with torch.device("meta"):
@@ -202,6 +205,27 @@ def _refuse_lazy(model: nn.Module) -> None:
             raise UserError(
                 f"model: {name} has no shape yet (a Lazy module): run one batch through the model in model_fn before returning it"
             )
+
+
+def _refuse_what_new_parameters_lose(model: nn.Module) -> None:
+    """Refuse hooks on parameters, and parameters held a second time: those that get the values are others, and know nothing of them."""
+    names = {param: name for name, param in model.named_parameters()}
+    for param, name in names.items():
+        if has_gradient_hooks(param):
+            raise UserError(
+                f"model: {name} has a hook on its gradient, which would not run where parameters are split or made anew; change gradients in "
+                "the forward (a torch.autograd.Function), scale steps with a group of optimizer.groups, or write strategy=ddp"
+            )
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers", "_modules") or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
+                continue
+            held = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Parameter) and leaf in names), None)
+            if held is not None:
+                raise UserError(
+                    f"model: {path + '.' if path else ''}{attribute} holds the parameter {names[held]} past the module's own parameters, so it would "
+                    "stay as it is where parameters are split or made anew; share it as a parameter (self.weight = other.weight), or write strategy=ddp"
+                )
 
 
 def _hidden_meta(model: nn.Module) -> str | None:
