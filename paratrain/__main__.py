@@ -104,24 +104,39 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _inspect(arguments: list[str]) -> int:
-    """what a checkpoint holds, and whether it is damaged: inspect PATH [--quick]; or which experts go where: inspect model=moe parallel.ep=2"""
+    """what a checkpoint holds, and whether it is damaged: inspect PATH [--quick]; or the blocks and experts of a model: inspect model=gpt"""
     from pathlib import Path
 
+    parser = argparse.ArgumentParser(prog="paratrain inspect", description=_inspect.__doc__)
+    parser.add_argument("subject", nargs="+", metavar="PATH|OVERRIDE", help="one checkpoint or file of weights; or group=choice, key=value")
+    parser.add_argument("--quick", action="store_true", help="do not read and verify the data")
+    parser.add_argument("--config-dir", help="a directory of your own configuration")
+    parser.add_argument("--config-name", default="paratrain", help="root file in it")
+    asked = parser.parse_intermixed_args(arguments)
+    if all("=" in word and not Path(word).exists() for word in asked.subject):
+        print(_blocks(asked.subject, asked.config_name, asked.config_dir))
+        return 0
     from paratrain.checkpoint.convert import describe
 
-    parser = argparse.ArgumentParser(prog="paratrain inspect", description=_inspect.__doc__)
-    parser.add_argument("path", nargs="+", help="a checkpoint; or a configuration: group=choice, key=value")
-    parser.add_argument("--quick", action="store_true", help="do not read and verify the data")
-    asked = parser.parse_args(arguments)
-    if len(asked.path) > 1 or ("=" in asked.path[0] and not Path(asked.path[0]).exists()):
-        from paratrain._hydra import load_config
-        from paratrain.parallel import experts
-
-        print(experts.describe(load_config(asked.path)))
-        return 0
-    text, sound = describe(Path(asked.path[0]), verify=not asked.quick)
+    if len(asked.subject) > 1:
+        raise UserError(f"inspect: one PATH at a time, got {' '.join(asked.subject)}")
+    text, sound = describe(Path(asked.subject[0]), verify=not asked.quick)
     print(text)
     return 0 if sound else 1
+
+
+def _blocks(overrides: list[str], config_name: str, config_dir: str | None) -> str:
+    import torch
+
+    from paratrain import build
+    from paratrain._hydra import load_config
+    from paratrain.parallel import blocks, experts, freeze, materialise
+
+    cfg = load_config(overrides, config_name, config_dir)
+    model = materialise.on_meta_if_possible(build.model_fn(cfg), cfg.seed, torch.device("cpu"))
+    freeze.apply(model, cfg.freeze)
+    dealt = [experts.describe(cfg)] if cfg.parallel.ep > 1 else []
+    return "\n".join([blocks.describe(model, cfg.memory.blocks), *dealt])
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

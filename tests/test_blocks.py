@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from sharding_zoo import Conv, Recurrent, Router, Scalars, gpt
 from torch import nn
 
+from paratrain.__main__ import main
 from paratrain.errors import UserError
 from paratrain.parallel import blocks
 
@@ -70,6 +73,13 @@ CASES = {
         ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"],
     ),
     "experts inside layers": (lambda: Parts(layers=stack(Mixture(), Mixture())), ["layers.0", "layers.1"]),
+    "experts alone": (lambda: Parts(moe=Mixture(), shared_experts=stack(Block(), Block())), []),
+    "experts of their own depth": (
+        lambda: Parts(layers=stack(Block(), Block()), experts=stack(Stage(4, 2), Stage(4, 2))),
+        ["layers.0", "layers.1"],
+    ),
+    "heads to choose from": (lambda: Parts(heads=nn.ModuleDict({"a": Block(), "b": Block()})), []),
+    "a stack in a dict": (lambda: Parts(parts=nn.ModuleDict({"h": stack(Block(), Block())})), ["parts.h.0", "parts.h.1"]),
     "a first layer of its own": (lambda: Parts(layers=stack(Block(4, 16), Block(), Block())), ["layers.0", "layers.1", "layers.2"]),
     "alternating layers": (
         lambda: Parts(layers=stack(Block(), Mixture(), Block(), Mixture())),
@@ -128,3 +138,34 @@ def test_named_by_the_user():
         blocks.find(model, ["layer.*"])
     with pytest.raises(UserError, match="without a forward"):
         blocks.find(model, ["layers"])
+
+
+def test_inspect_shows_the_blocks_of_a_configured_model(capsys):
+    assert main(["inspect", "model=gpt", "model.layers=3", "freeze=['embed*']"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 blocks" in said
+    assert "blocks.0 ... blocks.2 3 x Block" in said
+    assert re.search(r"the rest embed, norm, head [\d,]+ parameters \(32,768 frozen\)", said)
+    assert main(["inspect", "model=gtp"]) == 2
+    assert "did you mean 'gpt'" in capsys.readouterr().err
+
+
+def test_describe_names_what_is_shared_and_splits_unlike_runs():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block(4), Block(4), Block(6)])
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return x
+
+    lines = [" ".join(line.split()) for line in blocks.describe(Tied()).splitlines()]
+    assert lines[2:] == [
+        "layers.0 ... layers.1 2 x Block 76 parameters each",
+        "layers.2 1 x Block 110 parameters",
+        "the rest embed 20 parameters",
+        "shared: embed.weight = head.weight",
+    ]
+    assert "nothing 0 parameters" in " ".join(blocks.describe(nn.Sequential(Block(), Block())).split())

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from torch import nn
 
 from paratrain.errors import UserError
 
-_STACKS = (nn.ModuleList, nn.Sequential)  # not ModuleDict: what is picked by key may be skipped by some ranks
+_STACKS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, patterns: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
@@ -21,7 +22,8 @@ def find(model: nn.Module, patterns: Sequence[str] | None = None) -> list[tuple[
 
     In a stack (ModuleList, Sequential), children with the same structure and shapes are blocks, and so are their siblings of the
     same class. Children of one class whose shapes differ, as the stages of a U-Net or a hierarchical vision model, are searched for
-    stacks of their own, and are blocks if there are none; likewise attributes of one class. A class that Hugging Face models name in
+    stacks of their own, and are blocks if there are none; likewise attributes of one class. What some ranks may not call is no block:
+    the choices of a ModuleDict, and what is called experts. A class that Hugging Face models name in
     `_no_split_modules` is a block wherever it occurs. Only modules with children count, unless there are no others. Blocks that share
     a parameter with another or with the rest of the model are left to the root, which holds the shared parameter.
 
@@ -39,6 +41,44 @@ def find(model: nn.Module, patterns: Sequence[str] | None = None) -> list[tuple[
         found = _search(model, declared, leaves=False) or _search(model, declared, leaves=True)
     blocks = _without_shared(model, dict.fromkeys(found))
     return [(names[block], block) for block in blocks]
+
+
+def describe(model: nn.Module, patterns: Sequence[str] | None = None) -> str:
+    """The blocks of `model`, what is left to the root and what is shared, for people to read; neighbours that are alike are one line.
+
+    Args:
+        patterns: as `find` takes them.
+    """
+    blocks = find(model, patterns)
+    inside = {param for _, block in blocks for param in block.parameters()}
+    rest = {name: param for name, param in model.named_parameters() if param not in inside}
+    how = "found from the structure; memory.blocks=[GLOB, ...] decides by hand" if patterns is None else f"memory.blocks={list(patterns)}"
+    rows = []
+    for _, alike in groupby(blocks, key=lambda block: (block[0].rpartition(".")[0], structure(block[1]))):
+        run = list(alike)
+        names = run[0][0] if len(run) == 1 else f"{run[0][0]} ... {run[-1][0]}"
+        rows.append((names, f"{len(run)} x {type(run[0][1]).__name__}", _size(run[0][1].parameters()) + (" each" if len(run) > 1 else "")))
+    owners = dict.fromkeys(name.rpartition(".")[0] or name for name in rest)
+    rows.append(("the rest", ", ".join([*list(owners)[:6], *(["..."] if len(owners) > 6 else [])]) or "nothing", _size(rest.values())))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(param, []).append(name)
+    return "\n".join(
+        [
+            f"{type(model).__name__}: {_size(model.parameters())}",
+            f"{len(blocks)} blocks ({how})",
+            *(f"  {names:{widths[0]}}  {what:{widths[1]}}  {size}" for names, what, size in rows),
+            *(f"  shared: {' = '.join(names)}" for names in shared.values() if len(names) > 1),
+        ]
+    )
+
+
+def _size(params: Iterable[nn.Parameter]) -> str:
+    counts = Counter[bool]()
+    for param in params:
+        counts[param.requires_grad] += param.numel()
+    return f"{counts.total():,} parameters" + (f" ({counts[False]:,} frozen)" if counts[False] else "")
 
 
 def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.Module]:
@@ -67,12 +107,14 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
     like = Counter(map(structure, eligible)) if is_stack else Counter()
     repeated = {type(child) for child in eligible if like[structure(child)] > 1} if is_stack else set()
     found = []
-    for child in children:
+    for name, child in module.named_children():
+        if child not in children or "expert" in name.lower():  # a rank whose samples choose other experts does not call them
+            continue
         if type(child).__name__ in declared or (child in eligible and type(child) in repeated):
             found.append(child)
         elif inner := _search(child, declared, leaves):
             found += inner
-        elif child in eligible and classes[type(child)] > 1:
+        elif child in eligible and classes[type(child)] > 1 and not isinstance(module, nn.ModuleDict):
             found.append(child)
     return found
 
