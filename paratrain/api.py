@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from paratrain import backends, distributed, layout, mesh, optim
 from paratrain.config import Config, Foreign
@@ -60,11 +59,6 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)
-    if cfg.trainer.update_in_backward and isinstance(laid_out.run, DistributedDataParallel):
-        raise UserError(
-            f"trainer.update_in_backward=true: strategy={cfg.strategy.name} reduces gradients in buckets after they are complete; write "
-            "strategy=zero1, or trainer.update_in_backward=false"
-        )
     return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,18 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     if isinstance(tree, torch.Tensor):  # by far the most common, and several times faster than the general walk
         return function(tree)
     return tree_map_only(torch.Tensor, function, tree)
+
+
+def tensors(outputs: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Every tensor in what a model returned: in containers, and in the attributes of dataclasses and other objects, however nested."""
+    seen = set() if seen is None else seen
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif not isinstance(leaf, type | torch.nn.Module) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            slots = {name: getattr(leaf, name, None) for name in getattr(type(leaf), "__dataclass_fields__", ())}
+            yield from tensors(slots | getattr(leaf, "__dict__", {}), seen)
 
 
 def samples(batch: Any) -> int:

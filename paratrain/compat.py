@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +27,25 @@ def sync_buffers_in_forward(wanted: bool) -> dict[str, Any]:
     """Arguments of DistributedDataParallel: 2.13 renames `broadcast_buffers`."""
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": wanted}
+
+
+def spend_warning_of_unused(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Have torch's warning that nothing was unused, which it gives once a process from C++ past every filter, where nobody reads it.
+
+    Every rank of `group` must call it. A model of one weight runs forward with stderr closed; the user's own is not touched.
+    """
+    weight = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1, device=device)  # draws no random numbers
+    probe = DistributedDataParallel(weight, process_group=group, find_unused_parameters=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        probe(torch.zeros(1, 1, device=device))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def dcp_save(tensors: dict[str, Any], writer: Any, planner: Any, group: Any) -> None:
@@ -49,6 +70,17 @@ def local_box(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Any]) ->
     return tuple(sizes), tuple(offsets)
 
 
+def has_gradient_hooks(param: torch.Tensor) -> bool:
+    """Whether `register_hook` or `register_post_accumulate_grad_hook` was called on it; nothing public tells."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:
+    """Do for `outputs` of a `fully_shard` module what it does for those that it finds: gather its weights before their backward."""
+    if outputs:
+        module._get_fsdp_state()._register_pre_backward_hook(list(outputs))
+
+
 def track_gradients(module: Any, used: set[torch.Tensor]) -> None:
     """Make the parameter group of a `fully_shard` module reduce a zero for each gathered parameter that has no gradient on this rank.
 
@@ -70,17 +102,6 @@ def without_communication(model: Any) -> Iterator[None]:
     are gone afterwards.
     """
     groups = [group for module in model.modules() if hasattr(module, "_get_fsdp_state") for group in _param_groups(module)]
-def has_gradient_hooks(param: torch.Tensor) -> bool:
-    """Whether `register_hook` or `register_post_accumulate_grad_hook` was called on it; nothing public tells."""
-    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
-
-
-def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:
-    """Do for `outputs` of a `fully_shard` module what it does for those that it finds: gather its weights before their backward."""
-    if outputs:
-        module._get_fsdp_state()._register_pre_backward_hook(list(outputs))
-
-
     before = [(group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads) for group in groups]
     for group in groups:
         group._all_gather_comm, group._reduce_scatter_comm, group.all_reduce_grads = _Repeat(), _KeepOwn(), False

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from paratrain import batch as batches
 from paratrain import gradients, rng
@@ -173,8 +172,8 @@ class Engine:
         args, kwargs = self._policy.cast_inputs((args, kwargs))
         with self._policy.autocast(self.device.type):
             outputs = self._policy.cast_outputs(self._layout.run(*args, **kwargs))
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+        for leaf in batches.tensors(outputs):
+            if leaf.requires_grad:
                 leaf.register_hook(self._guard)
         return outputs
 
@@ -680,6 +679,9 @@ def _or_one(count: Scalar) -> Scalar:
 
 
 def _weightless(outputs: Any) -> torch.Tensor:
-    """A zero that depends on every output, so that a rank without samples takes part in the collectives of backward."""
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return torch.stack([leaf.sum(dtype=torch.float64) * 0 for leaf in leaves]).sum()
+    """A zero that depends on every output, so that a rank without samples takes part in the collectives of backward.
+
+    Zero in value and gradient also of outputs that are not finite, as the loss a model computes itself is where no label counts.
+    """
+    sums = [(leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float64) for leaf in batches.tensors(outputs) if leaf.requires_grad]
+    return sum((total.nan_to_num() * 0 for total in sums), torch.zeros((), dtype=torch.float64))

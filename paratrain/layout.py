@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -128,7 +129,15 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     if ranks == 1:
         return Layout(model, model, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)
-    return Layout(model, wrapped, wrapped.no_sync, ranks, rehearsal=wrapped.no_sync, context=sequences)
+    return Layout(
+        model,
+        partial(ddp.run, wrapped),
+        wrapped.no_sync,
+        ranks,
+        rehearsal=wrapped.no_sync,
+        context=sequences,
+        backward=ddp.backward,
+    )
 
 
 def _in_turn(*steps: Callable[[Sequence[torch.Tensor]], None]) -> Callable[[Sequence[torch.Tensor]], None]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import Tiny, config, token_batches, token_loss, train_by_hand
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from paratrain.api import setup
 from paratrain.config import DDP, LossScale, Precision, Scheduler
@@ -74,6 +76,97 @@ def test_fewer_samples_than_ranks(by_hand):
     batches = token_batches(6, 2, True)
     results = run(lambda: train(config(), batches), 4)
     assert_same(results[0], train_by_hand(seeded(Tiny)().double(), batches))
+
+
+@dataclass
+class Inner:
+    logits: torch.Tensor
+    note: str = "text"
+
+
+@dataclass
+class Outer:
+    inner: Inner
+
+
+class Returns(nn.Module):
+    """Returns what `wrap` makes of its result."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.linear(x))
+
+
+def test_fewer_samples_than_ranks_with_outputs_of_any_kind():
+    """The rank without a sample finds the tensors in objects, and its own loss that is not finite weighs nothing."""
+
+    def own_loss(out):
+        return {"loss": F.cross_entropy(out, torch.full((len(out),), -100)), "logits": out}
+
+    wraps = {"dataclass": lambda out: Outer(Inner(out)), "loss of its own": own_loss, "complex": lambda out: torch.complex(out, out)}
+    reads = {"dataclass": lambda out: out.inner.logits, "loss of its own": lambda out: out["logits"], "complex": lambda out: out.real}
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randn(2, size, generator=generator, dtype=torch.float64) for size in (4, 3)) for _ in range(3)]
+
+    def losses(kind):
+        return lambda outputs, targets: ((reads[kind](outputs) - targets).square().sum(), len(targets))
+
+    def body():
+        return {kind: train(config(), batches, seeded(partial(Returns, wraps[kind])), losses(kind)) for kind in wraps}
+
+    for kind, result in run(body, 3)[0].items():
+        assert_same(result, train_by_hand(seeded(partial(Returns, wraps[kind]))().double(), batches, loss_fn=losses(kind)))
+
+
+def test_ddp_is_quiet(capfd):
+    """torch would warn on every rank that no parameter was unused."""
+    run(lambda: train(config(), token_batches(2, 4, False)), 2)
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert said.out == ""
+
+
+def test_what_ddp_cannot_see_is_refused():
+    class Opaque:
+        def __init__(self, out):
+            self.out = out
+
+    class Reentrant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=True)
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.never = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    def squares(outputs, targets):
+        return (getattr(outputs, "out", outputs) - targets).square().sum(), len(targets)
+
+    batches = [(torch.ones(4, 4), torch.ones(4, 3))] * 2
+
+    def body(model, unused):
+        with pytest.raises(UserError) as caught:
+            train(config(strategy=DDP(find_unused_parameters=unused)), batches, model, squares)
+        return str(caught.value)
+
+    def cases():
+        return body(lambda: Returns(Opaque), True), body(Reentrant, True), body(Sometimes, False)
+
+    opaque, reentrant, unused = run(cases, 2)[0]
+    assert "returns a Opaque" in opaque
+    assert "use_reentrant=False" in reentrant
+    assert "strategy.find_unused_parameters=true" in unused
 
 
 def test_plain_mean_losses():

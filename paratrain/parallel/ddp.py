@@ -1,12 +1,17 @@
 """Replicated data parallelism: torch's DistributedDataParallel, told what the config asks."""
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
-from paratrain.compat import sync_buffers_in_forward
+from paratrain.batch import tensors
+from paratrain.compat import spend_warning_of_unused, sync_buffers_in_forward
 from paratrain.config import DDP, Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -16,10 +21,15 @@ def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParal
     """Wrap `model`: rank 0's weights everywhere, gradients averaged over `mesh.weights` in buckets while backward runs.
 
     Raises:
-        UserError: for a communication hook that the backend of this mesh cannot run.
+        UserError: for a communication hook that the backend of this mesh cannot run, or updates inside the backward.
     """
     options = cfg.strategy
     assert isinstance(options, DDP)
+    if cfg.trainer.update_in_backward:
+        raise UserError(
+            "trainer.update_in_backward=true: strategy=ddp reduces gradients in buckets after they are complete; write "
+            "strategy=zero1, or trainer.update_in_backward=false"
+        )
     group = mesh.weights.get_group()
     wrapped = DistributedDataParallel(
         model,
@@ -30,6 +40,9 @@ def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParal
         static_graph=options.static_graph,
         gradient_as_bucket_view=not options.static_graph,  # torch asserts on no_sync with static_graph and views together
     )
+    if options.find_unused_parameters and not options.static_graph:
+        _check_outputs_once(model)
+        spend_warning_of_unused(group, next(model.parameters()).device)
     low_precision = any(param.dtype.itemsize < 4 and param.requires_grad for param in model.parameters())
     if options.comm_hook == "none":
         if low_precision and cfg.precision.reduce_dtype == "fp32":
@@ -48,6 +61,50 @@ def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParal
         )
         wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     return wrapped
+
+
+def run(wrapped: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    """Its forward, where torch may notice that the step before left parameters without a gradient."""
+    try:
+        return wrapped(*args, **kwargs)
+    except RuntimeError as error:
+        if "Expected to have finished reduction in the prior iteration" not in str(error):
+            raise
+        raise UserError(
+            "strategy.find_unused_parameters=false: a step left parameters without a gradient on some rank, so the gradients of that step "
+            "are not those of one process; write strategy.find_unused_parameters=true, or freeze what is never used\n"
+            + str(error).splitlines()[-1]
+        ) from error
+
+
+def backward(loss: torch.Tensor) -> None:
+    """The backward of a loss, where torch may notice that a gradient comes a second time."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "mark a variable ready only once" not in str(error):
+            raise
+        raise UserError(
+            "strategy=ddp: the loss uses parameters in a way that DistributedDataParallel did not see in the model's outputs, as with reentrant "
+            "checkpointing (write use_reentrant=False, or memory.recompute=full in its place) or with tensors inside objects of the outputs "
+            "(return them in a tuple, dict or dataclass); if every step uses every parameter, strategy.find_unused_parameters=false does, too\n"
+            + str(error).splitlines()[-1]
+        ) from error
+
+
+def _check_outputs_once(model: nn.Module) -> None:
+    """Refuse outputs in which DistributedDataParallel would not find the tensors, and take every parameter to be unused."""
+
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        handle.remove()
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) or dataclasses.is_dataclass(leaf)]
+        if any(tensor.requires_grad for tensor in tensors(output)) and not any(tensor.requires_grad for tensor in tensors(found)):
+            raise UserError(
+                f"the model returns a {type(output).__name__}, in which DistributedDataParallel cannot find the tensors; return a tensor, "
+                "tuple, dict or dataclass, or write strategy.find_unused_parameters=false if every step uses every parameter"
+            )
+
+    handle = model.register_forward_hook(check)
 
 
 def _reduce_in_fp32(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
