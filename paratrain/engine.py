@@ -33,6 +33,7 @@ from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
 from paratrain.optim.in_backward import UpdateInBackward
 from paratrain.optim.state import averaged, numbers, set_numbers
+from paratrain.parallel import batch_norm
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler
@@ -82,6 +83,7 @@ class Engine:
         self._layout, self._loss_fn = layout, loss_fn
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
         self._weights_rank = mesh.weights.get_local_rank()
+        self._norms = batch_norm.synchronised(self.model)
         self._policy = POLICIES[cfg.precision.name]
         watched = cfg.precision.fallback.policy != "off"
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
@@ -168,6 +170,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
+        batch_norm.weigh(self._norms)
         args, kwargs = batches.to_device((args, kwargs), self.device)
         args, kwargs = self._policy.cast_inputs((args, kwargs))
         with self._policy.autocast(self.device.type):
@@ -413,6 +416,7 @@ class Engine:
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
         share, size, pipeline = batches.as_local(batch), self.micro_batch_size, self._layout.pipeline
+        batch_norm.weigh(self._norms, share)
         if pipeline is not None:
             size = size or pipeline.micro_batch_size(share.largest)
         micro = batches.split(share, size)

@@ -348,14 +348,26 @@ def test_batch_norm_is_over_the_global_batch():
     def loss_fn(outputs, targets):
         return (outputs - targets).square().sum(), len(targets)
 
-    results = run(lambda: train(config(), batches, build, loss_fn), 3)
-    assert_same(results[0], train_by_hand(build().double(), batches, loss_fn=loss_fn))
+    few = [tuple(part[:2] for part in batch) for batch in batches[:3]] + batches[3:]  # the third rank has no sample of the first three
+    full, ragged = run(lambda: [train(config(), some, build, loss_fn) for some in (batches, few)], 3)[0]
+    assert_same(full, train_by_hand(build().double(), batches, loss_fn=loss_fn))
+    assert_same(ragged, train_by_hand(build().double(), few, loss_fn=loss_fn))
     with pytest.raises(UserError, match="BatchNorm"):
         setup(build, loss_fn, config(2))
     local_cfg = config(3)
     local_cfg = replace(local_cfg, trainer=replace(local_cfg.trainer, batch_norm="local"))
     local, _ = run(lambda: train(local_cfg, batches, build, loss_fn), 2)
-    assert abs(local[0][0] - results[0][0][0]) > 1e-6
+    assert abs(local[0][0] - full[0][0]) > 1e-6
+
+
+def test_batch_norm_of_a_single_value_is_refused():
+    build = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))
+
+    def body():
+        with pytest.raises(UserError, match="BatchNorm has a single value per channel"):
+            train(config(), [(torch.randn(1, 4), torch.randn(1, 2))], build, F.mse_loss)
+
+    run(body, 2)
 
 
 def test_nested_batches_and_modules_instead_of_callables():

@@ -1,15 +1,19 @@
 """BatchNorm over all data ranks, so that its statistics are those of one process.
 
-On CUDA this is torch's SyncBatchNorm. It refuses CPU tensors, so there the same mathematics runs on differentiable collectives.
+On CUDA this is torch's SyncBatchNorm. It refuses CPU tensors, and counts every rank's samples, so on CPU, and for a batch of fewer samples
+than there are ranks, the same mathematics runs on differentiable collectives.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -42,9 +46,21 @@ def synchronise(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
             if not isinstance(child, _BatchNorm) or isinstance(child, nn.SyncBatchNorm):
                 continue
             if mesh.root.device_type == "cuda":  # the weights themselves may still be on the host, or on meta
-                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child, group))
-            else:
-                child.__class__ = type(f"Synchronised{type(child).__name__}", (_Synchronised, type(child)), {"group": group})
+                child = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
+                setattr(parent, name, child)
+            child.__class__ = type(f"Synchronised{type(child).__name__}", (_Synchronised, type(child)), {"group": group})
+
+
+def synchronised(model: nn.Module) -> list[_Synchronised]:
+    """What `synchronise` made of the BatchNorms of `model`."""
+    return [module for module in model.modules() if isinstance(module, _Synchronised)]
+
+
+def weigh(norms: Sequence[_Synchronised], share: LocalBatch | None = None) -> None:
+    """Before a forward: leave the filler sample of a rank without samples out of the statistics. None: every rank has samples."""
+    few = share is not None and share.largest == 1
+    for norm in norms:
+        norm.weight_here = float(share.real) if few and share is not None else None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -64,18 +80,25 @@ class _SumOverRanks(torch.autograd.Function):
 
 class _Synchronised(_BatchNorm):
     group: dist.ProcessGroup
+    weight_here: float | None = None  # of this rank's samples, 0 or 1; None: 1 on every rank
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not (self.training or self.running_mean is None):
+        if not (self.training or self.running_mean is None) or (isinstance(self, nn.SyncBatchNorm) and self.weight_here is None):
             return super().forward(input)
         self._check_input_dim(input)
         dims = [dim for dim in range(input.ndim) if dim != 1]
         shape = [1, -1] + [1] * (input.ndim - 2)
         wide = input if input.dtype is torch.float64 else input.float()
-        count = self._total(torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype, device=wide.device))
-        mean = self._total(wide.sum(dims)) / count
+        weight = 1.0 if self.weight_here is None else self.weight_here
+        count = self._total(torch.tensor([weight * wide.numel() / wide.shape[1]], dtype=wide.dtype, device=wide.device))
+        if count <= 1:
+            raise UserError(
+                "the model: BatchNorm has a single value per channel in this batch, so it has no variance; choose data.global_batch so that no "
+                "batch has a single sample"
+            )
+        mean = self._total(wide.sum(dims) * weight) / count
         centred = wide - mean.view(shape)
-        var = self._total(centred.square().sum(dims)) / count
+        var = self._total(centred.square().sum(dims) * weight) / count
         if self.training and self.track_running_stats:
             self._track(mean.detach(), var.detach() * count / (count - 1))
         out = centred * torch.rsqrt(var + self.eps).view(shape)
