@@ -598,23 +598,26 @@ class Engine:
         Where gradients are sharded, one that some ranks did not use is reduced with zeros from them, so only the ranks together know.
         """
         assert self._window is not None
-        own, used = (*self._window, *self._votes), self._layout.used
+        own, used, order = (*self._window, *self._votes), self._layout.used, self._layout.order
         if used is None:
             return self._sum_over_ranks(own)
         slots, size = self._slots
         here = [param in used for param in self._params]
         used.clear()
-        marks = [0.0] * size
+        digest = order.digest() if order else 0
+        marks = [digest, digest**2, *[0.0] * size]
         for slot, mark in zip(slots, here, strict=True):
-            marks[slot] = float(mark)
+            marks[slot + 2] = float(mark)
         users = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         if self.mesh.loss is self.mesh.weights:
             together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.weights)
             totals, users = self._scalars(together[: len(own)]), together[len(own) :]
         else:
             totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.weights)
-        if not all(here):  # only then is there anything to wait for
-            counts = users.tolist()
+        if not all(here) or self.device.type == "cpu":  # only then is there anything to wait for
+            total, squares, *counts = users.tolist()
+            if order:
+                order.check(total, squares)
             for slot, param in zip(slots, self._params, strict=True):
                 if not counts[slot]:
                     param.grad = None

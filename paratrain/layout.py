@@ -20,6 +20,7 @@ from paratrain.config import Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import activations, batch_norm, blocks, compile, context, ddp, experts, materialise, pipeline, recompute, tensor
+from paratrain.parallel.call_order import CallOrder
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
@@ -39,6 +40,7 @@ class Layout:
         settle: makes the model its shards again after a forward that no backward follows.
         reduce: averages, once before the update, the gradients that backward does not.
         used: parameters that got a gradient from this rank since they were last cleared; None where gradients say so themselves.
+        order: in which blocks are called, where ranks must agree about it.
         pipeline: runs whole steps over the stages, where there are several.
         backward: runs the backward of a scaled loss.
         placed: what tensor parallelism split.
@@ -54,6 +56,7 @@ class Layout:
     settle: Callable[[], None] = lambda: None
     reduce: Callable[[Sequence[torch.Tensor]], None] = lambda params: None
     used: set[torch.Tensor] | None = field(default=None)
+    order: CallOrder | None = None
     pipeline: Pipeline | None = None
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     placed: Placed = field(default_factory=Placed)
@@ -104,6 +107,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
                 settle=sharded.settle,
                 reduce=_in_turn(sharded.reduce, dealt.reduce, run.reduce),
                 used=sharded.used,
+                order=sharded.order,
                 pipeline=run,
                 placed=placed,
                 context=sequences,
@@ -116,6 +120,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             sharded.settle,
             _in_turn(sharded.reduce, dealt.reduce),
             sharded.used,
+            sharded.order,
             rehearsal=sharded.rehearsal,
             placed=placed,
             context=sequences,

@@ -6,7 +6,7 @@ ZeRO-1, ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2020) differ only in how long gat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
-from paratrain.compat import track_gradients, without_communication
+from paratrain.batch import map_tensors, tensors
+from paratrain.compat import gather_before_backward, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
+from paratrain.parallel.call_order import CallOrder
 from paratrain.precision import POLICIES
 
 
@@ -34,6 +37,7 @@ class ShardedModel:
         group: all data ranks.
         options: of the strategy.
         strategy: its name.
+        order: in which this rank calls the blocks; None without blocks.
         used: parameters that got a gradient from this rank since the last `reduce`.
     """
 
@@ -41,6 +45,7 @@ class ShardedModel:
     group: dist.ProcessGroup
     options: Sharded
     strategy: str
+    order: CallOrder | None = None
     used: set[torch.Tensor] = field(default_factory=set)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,9 +76,17 @@ class ShardedModel:
             model.set_requires_gradient_sync(True)
             model.set_reshard_after_backward(True)
 
-    def rehearsal(self) -> AbstractContextManager:
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
         """A context in which a forward and its backward need no other rank."""
-        return without_communication(self.model)
+        if self.order:
+            self.order.paused = True
+        try:
+            with without_communication(self.model):
+                yield
+        finally:
+            if self.order:
+                self.order.paused = False
 
     def settle(self) -> None:
         """Free gathered weights that a forward without a backward has left, so that the model is its shards again."""
@@ -112,7 +125,6 @@ def shard(
     _check(options, mesh.shard.size(-1), "shard ranks")
     if experts:
         _check(options, mesh.expert_shard.size(-1), "shard ranks of an expert")
-    sharded = ShardedModel(model, mesh.weights.get_group(), options, cfg.strategy.name)
     settings: dict[str, Any] = {
         "mp_policy": _dtypes(cfg),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
@@ -121,16 +133,22 @@ def shard(
         "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
     }
     _refuse_mixed_dtypes([*experts, *reversed(blocks), ("the root", model)])
+
+    def apply(module: nn.Module, over: DeviceMesh, again: bool | int, **more: Any) -> None:
+        module.register_forward_hook(_no_views)
+        fully_shard(module, mesh=over, reshard_after_forward=again, **settings, **more)
+        _gather_for_hidden_outputs(module)
+
     for _, module in experts:
         evenly = partial(_evenly, ranks=mesh.expert_shard.size(-1))
-        again = options.reshard_after_forward
-        fully_shard(module, mesh=mesh.expert_shard, reshard_after_forward=again, shard_placement_fn=evenly, **settings)
+        apply(module, mesh.expert_shard, options.reshard_after_forward, shard_placement_fn=evenly)
     placement = partial(_placement, shards=mesh.shard.size(-1), names={param: name for name, param in model.named_parameters()})
-    settings |= {"mesh": mesh.shard, "shard_placement_fn": placement}
-    for name, block in reversed(blocks):  # a block inside a block first
-        _check_outputs_once(name, block)
-        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **settings)
-    fully_shard(model, reshard_after_forward=False, **settings)
+    for _, block in reversed(blocks):  # a block inside a block first
+        apply(block, mesh.shard, options.reshard_after_forward, shard_placement_fn=placement)
+    apply(model, mesh.shard, False, shard_placement_fn=placement)
+    group = mesh.weights.get_group()
+    order = CallOrder(model, blocks, group) if blocks and group.size() > 1 else None
+    sharded = ShardedModel(model, group, options, cfg.strategy.name, order)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             track_gradients(module, sharded.used)
@@ -202,18 +220,37 @@ def _refuse_mixed_dtypes(groups: Sequence[tuple[str, nn.Module]]) -> None:
             )
 
 
-def _check_outputs_once(name: str, block: nn.Module) -> None:
-    """Refuse outputs in which FSDP would not find the tensors whose backward has to gather the weights again."""
+class _Alias(torch.autograd.Function):
+    """The same memory as a tensor that autograd takes for no view."""
 
-    def check(module: nn.Module, args: Any, output: Any) -> None:
-        handle.remove()
-        for leaf in tree_leaves(output):
-            hidden = [value for value in tree_leaves(dict(getattr(leaf, "__dict__", {}))) if isinstance(value, torch.Tensor)]
-            if not isinstance(leaf, torch.Tensor) and any(value.requires_grad for value in hidden):
-                raise UserError(
-                    f"block {name!r} ({type(block).__name__}) returns a {type(leaf).__name__}, in which sharding cannot find the tensors; "
-                    "return a tensor, tuple, dict or dataclass registered with torch.utils._pytree.register_pytree_node, "
-                    "or leave the block to the root with memory.blocks"
-                )
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
 
-    handle = block.register_forward_hook(check)
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def _no_views(module: nn.Module, args: Any, output: Any) -> Any:
+    """Outputs that the model may change in place: a view would lose the hook by which its backward gathers the weights."""
+    if isinstance(output, torch.Tensor):
+        return _alias(output) if output._base is not None else None
+    if any(isinstance(leaf, torch.Tensor) and leaf._base is not None for leaf in tree_leaves(output)):
+        return map_tensors(_alias, output)
+    return None
+
+
+def _alias(x: torch.Tensor) -> torch.Tensor:
+    return x if x._base is None or not x.requires_grad or isinstance(x, DTensor) else _Alias.apply(x)
+
+
+def _gather_for_hidden_outputs(module: nn.Module) -> None:
+    """Let the backward of outputs inside objects gather weights, too; FSDP itself looks into containers only."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor) and torch.is_grad_enabled():
+            found = {id(leaf) for leaf in tree_leaves(output)}
+            gather_before_backward(module, [tensor for tensor in tensors(output) if tensor.requires_grad and id(tensor) not in found])
+
+    module.register_forward_hook(after)
