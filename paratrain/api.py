@@ -13,10 +13,10 @@ from torch import nn
 from paratrain import backends, distributed, layout, mesh, optim
 from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
-from paratrain.errors import UserError
-from paratrain.loss import Loss
+from paratrain.loss import Loss, checked
 from paratrain.metrics.flops import on_meta
 from paratrain.parallel import freeze, materialise
+from paratrain.precision import POLICIES
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     device = distributed.choose_device(cfg.trainer.device)
     distributed.init(device, timedelta(minutes=cfg.trainer.timeout_minutes))
     backends.check(cfg, device)
+    loss_fn = checked(loss_fn, device, POLICIES[cfg.precision.name].param_dtype)
     if cfg.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False

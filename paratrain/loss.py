@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paratrain.errors import UserError
@@ -87,6 +89,41 @@ def sequence_balance(router_logits: Tensor | Sequence[Tensor], top_k: int, batch
     return experts * (share * probability).sum(-1)
 
 
+def checked(loss_fn: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+    """`loss_fn`, where it is a module with its buffers on `device`, and in float64 if that is the `dtype` of the weights.
+
+    Raises:
+        UserError: it has parameters, which nothing would train; or it is a loss of torch that returns a sum, or a mean over something else
+            than `trainer.loss_count` can count.
+    """
+    if isinstance(loss_fn, nn.Module):
+        if trained := [name for name, param in loss_fn.named_parameters() if param.requires_grad]:
+            raise UserError(
+                f"loss: {type(loss_fn).__name__} has parameters ({', '.join(trained[:3])}), and only those of the model are trained; make it a "
+                "part of the model, whose outputs loss_fn then takes the loss from"
+            )
+        loss_fn.to(device, torch.float64 if dtype is torch.float64 else None)
+    function, options = (
+        (loss_fn.func, loss_fn.keywords) if isinstance(loss_fn, partial) else (type(loss_fn), getattr(loss_fn, "__dict__", {}))
+    )
+    if not str(getattr(function, "__module__", "")).startswith("torch.nn"):
+        return loss_fn
+    weighted = options.get("weight") is not None or getattr(loss_fn, "weight", None) is not None
+    instead = "let loss_fn return (sum, count): F.cross_entropy(..., reduction='sum') and what it counts"
+    if options.get("reduction", "mean") == "sum":
+        raise UserError(
+            f"loss: {function.__name__} with reduction=sum returns a sum, which would be taken for a mean; write reduction=mean"
+        )
+    if options.get("ignore_index", -100) != -100:
+        raise UserError(
+            f"loss: {function.__name__} with ignore_index={options['ignore_index']} is a mean over fewer targets than are counted, which are all but "
+            f"-100; mark them by -100, write loss=cross_entropy with that ignore_index, or {instead}"
+        )
+    if weighted and function in (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss):
+        raise UserError(f"loss: {function.__name__} with weight=... is a mean over the weights of the classes, not over targets; {instead}")
+    return loss_fn
+
+
 def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
     """A pair (sum, count) as it is; a scalar mean over `count` as (mean x count, count).
 
@@ -96,6 +133,11 @@ def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
     if isinstance(loss, tuple | list) and len(loss) == 2 and isinstance(loss[0], torch.Tensor):
         if loss[0].numel() != 1:
             raise UserError(f"loss_fn returned a sum of shape {tuple(loss[0].shape)}; reduce it to a scalar (losses.sum(), losses.numel())")
+        if not (isinstance(loss[1], int | float | np.number) or (isinstance(loss[1], torch.Tensor) and loss[1].numel() == 1)):
+            what = f"a tensor of shape {tuple(loss[1].shape)}" if isinstance(loss[1], torch.Tensor) else f"a {type(loss[1]).__name__}"
+            raise UserError(
+                f"loss_fn returned {what} as the second of a pair; return (sum, count): how many terms the sum has, or a mean alone"
+            )
         return loss[0].reshape(()), loss[1]
     if isinstance(loss, torch.Tensor):
         if loss.numel() != 1:

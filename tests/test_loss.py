@@ -1,11 +1,14 @@
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from paratrain.errors import UserError
-from paratrain.loss import cross_entropy, mse
+from paratrain.loss import as_sum_and_count, checked, cross_entropy, mse
 
 
 def test_cross_entropy_is_torchs_sum_and_counts_targets():
@@ -58,3 +61,38 @@ def test_shapes_that_do_not_match_are_refused():
         cross_entropy(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(UserError, match=r"\(4, 1\) and targets \(4,\)"):
         mse(torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_a_pair_needs_a_number_as_its_count():
+    for second, what in (([1], "a list"), (None, "a NoneType"), (torch.ones(3), r"a tensor of shape \(3,\)")):
+        with pytest.raises(UserError, match=f"returned {what} as the second"):
+            as_sum_and_count((torch.tensor(1.0), second))
+    assert as_sum_and_count((torch.tensor(1.0), np.int64(3)))[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "match"),
+    [
+        (nn.MSELoss(reduction="sum"), "MSELoss with reduction=sum"),
+        (partial(F.l1_loss, reduction="sum"), "l1_loss with reduction=sum"),
+        (nn.CrossEntropyLoss(ignore_index=0), "CrossEntropyLoss with ignore_index=0"),
+        (partial(F.cross_entropy, ignore_index=3), "cross_entropy with ignore_index=3"),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), "CrossEntropyLoss with weight"),
+        (nn.Linear(3, 1), r"Linear has parameters \(weight, bias\)"),
+    ],
+)
+def test_losses_that_would_be_silently_wrong_are_refused(loss_fn, match):
+    with pytest.raises(UserError, match=match):
+        checked(loss_fn, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [F.mse_loss, nn.CrossEntropyLoss(label_smoothing=0.1), partial(F.cross_entropy, label_smoothing=0.1), cross_entropy]
+)
+def test_other_losses_are_taken_as_they_are(loss_fn):
+    assert checked(loss_fn, torch.device("cpu"), torch.float64) is loss_fn
+
+
+def test_buffers_of_a_loss_follow_the_dtype_of_the_weights():
+    loss_fn = checked(nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), torch.device("cpu"), torch.float64)
+    assert loss_fn.pos_weight.dtype is torch.float64
