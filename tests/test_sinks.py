@@ -190,6 +190,8 @@ class TestConsole:
         assert console.format_line(20, self.METRICS, 1000) == (
             "step   20/1000  loss 2.3457  lr 3.00e-04  norm 1.23  12.3k tok/s  45.0 ms/step  skipped 2  eta 0:00:44"
         )
+        scaled = {"train/loss": 2.0, "train/loss_scale": 65536.0, "train/loss_scale_changes": 1.0, "epoch": 0.0234}
+        assert console.format_line(5, scaled) == "step 5  loss 2.0000  epoch 0.02"
         assert console.format_line(20, {"eval/loss": 2.31, "eval/accuracy": 0.5}) == "step 20  eval loss 2.31  eval accuracy 0.5"
         assert console.format_line(3, {"throughput/samples_per_sec": 96.0, "time/step": 2.5}) == "step 3  96.0 samples/s  2.50 s/step"
 

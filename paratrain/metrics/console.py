@@ -9,7 +9,16 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 _UNSEEN = ("throughput/", "time/", "memory/", "goodput/")
-_UNSEEN_NAMES = {"tokens", "train/loss", "train/lr", "train/grad_norm", "train/loss_scale", "train/skipped_steps"}
+_UNSEEN_NAMES = {
+    "tokens",
+    "epoch",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/loss_scale",
+    "train/loss_scale_changes",
+    "train/skipped_steps",
+}
 
 
 class Console:
@@ -56,6 +65,8 @@ def format_line(step: int, metrics: Mapping[str, float], max_steps: int | None =
     }
     parts += [form(metrics[name]) for name, form in known.items() if name in metrics]
     parts += [f"{name.replace('/', ' ')} {value:.4g}" for name, value in metrics.items() if _shown(name)]
+    if "epoch" in metrics:
+        parts.append(f"epoch {metrics['epoch']:.2f}")
     if max_steps and "time/step" in metrics:
         parts.append(f"eta {timedelta(seconds=round(max(0, max_steps - step) * metrics['time/step']))}")
     return "  ".join(part for part in parts if part)
