@@ -82,7 +82,13 @@ def instantiate(target: Mapping[str, Any], key: str = "_target_") -> Any:
     """
     if faults := list(_target_faults(target, key)):
         raise UserError("\n".join(map(str, faults)))
-    return locate(target["_target_"], f"{key}._target_")(**_arguments(target, key))
+    found, arguments = locate(target["_target_"], f"{key}._target_"), _arguments(target, key)
+    try:
+        return found(**arguments)
+    except ValueError as error:
+        if isinstance(error, UserError) or not target["_target_"].startswith("paratrain."):
+            raise  # where a module of the user's own fails is theirs to see
+        raise UserError(f"{key}: {target['_target_']} refused its arguments: {error}") from error
 
 
 def _arguments(target: Mapping[str, Any], key: str) -> dict[str, Any]:

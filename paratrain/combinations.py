@@ -32,6 +32,10 @@ def faults_of(cfg: Config) -> Faults:
     """Values that are each fine and do not go together, with the other keys that take part."""
     for rules in (_parallel, _memory, _precision, _data, _schedule, _foreign):
         yield from rules(cfg)
+    if cfg.seed >= 2**63:
+        yield Fault("seed", f"must be below 2^63, which is as far as torch's generators go; got {cfg.seed}"), ()
+    if cfg.trainer.clip_norm == 0:
+        yield Fault("trainer.clip_norm", "0 makes every gradient zero, so nothing would be trained; write null for no clipping"), ()
     if cfg.trainer.step_timeout is not None and parse_duration(cfg.trainer.step_timeout).unit != "seconds":
         yield Fault("trainer.step_timeout", f"{cfg.trainer.step_timeout!r} is no span of time; write 90s or 15min, or null to wait"), ()
     if cfg.trainer.max_time is not None and parse_duration(cfg.trainer.max_time).unit != "seconds":

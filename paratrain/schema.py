@@ -313,7 +313,18 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _wrong(faults: list[Fault], kind: Any, value: Any, key: str) -> Any:
-    return _fault(faults, key, f"expected {describe(kind)}; got {_got(value)}")
+    hint = ""
+    if isinstance(value, str) and _is_number(value) and {int, float} & set(members(kind)):
+        hint = "; write it without quotes, and what comes from the environment as ${oc.decode:${oc.env:NAME}}"
+    return _fault(faults, key, f"expected {describe(kind)}; got {_got(value)}{hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _got(value: Any) -> str:

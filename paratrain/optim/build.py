@@ -130,7 +130,7 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
         for name in sorted({name for group in groups for name in group} - optimizer.defaults.keys() - {"params", "param_names", *accepted}):
             problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(optimizer.defaults)})")
         return optimizer
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         problems.append(f"optimizer: {target} refused its arguments: {error}")
         return None
 
