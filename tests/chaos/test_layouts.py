@@ -24,7 +24,7 @@ STORIES = {
     "hangs": (
         [("hang", 4, 1), ("SIGSTOP", 7, 1), ("hang-with-gil", 10, 1)],
         ["trainer.step_timeout=10s"],
-        ["no progress for", "rank 0 of", "hang/"],
+        ["no progress for", "rank 0 of", "stacks and collectives of all ranks are in"],
     ),
     "damage": (
         [("damage-flip", 7, 0), ("damage-truncate", 8, 0), ("damage-zero", 10, 0), ("damage-missing", 11, 0), ("damage-swap", 12, 0)],
