@@ -28,7 +28,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8"],  # managed_gradient_accumulation
         "fairscale": ["fairscale>=0.4.13"],
-        "hf": ["datasets>=4", "transformers>=4.53", "pyarrow", "peft"],  # data sets without code; CVE-2025-5197, -6638, -6921 mended
+        "hf": ["datasets>=4", "transformers>=4.53", "pyarrow", "peft"],  # data sets without code
         "optim": ["pytorch-optimizer"],
         "fp8": ["torchao"],
         "remote": ["fsspec"],

@@ -237,6 +237,10 @@ def test_damaged_and_hostile_directories(saved, tmp_path):
     shard.write_bytes(whole)
     shutil.copy(files / "mp_rank_00_model_states.pt", files / "mp_rank_01_model_states.pt")
     refused(zero2, "tensor- or pipeline-parallel ranks wrote it; merge them first")
+    (files / "mp_rank_01_model_states.pt").unlink()
+    for number in (0, 1):
+        (files / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt").unlink()
+    refused(zero2, "no optimizer states that could be read")
     (pieces / "zero_pp_rank_1_mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Bomb()))
     refused(zero3, r"zero_pp_rank_1_mp_rank_00_model_states.pt")
     (zero3 / "latest").write_text("../zero2")

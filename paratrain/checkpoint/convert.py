@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from paratrain.checkpoint import deepspeed, sources
+from paratrain.checkpoint import deepspeed, sources, state
 from paratrain.checkpoint.directory import beside, check, read
 from paratrain.checkpoint.manifest import DTYPE_NAMES, CheckpointError
 from paratrain.checkpoint.storage import load, save
@@ -101,6 +101,11 @@ def convert_run(source: Path, target: Path, to: str) -> list[str]:
 
 def _from_deepspeed(source: Path, target: Path) -> list[str]:
     run = deepspeed.read(source)
+    if not any(name.startswith(state.PREFIX) for name in run.tensors):
+        raise CheckpointError(
+            f"{source}: it has no optimizer states that could be read (stage 0 keeps them in another form); start from its weights instead: "
+            "--to safetensors, then memory.pretrained=..."
+        )
     counters: dict[str, Any] = {
         "global_step": run.steps,
         "updates": run.steps - run.skipped,
