@@ -75,6 +75,11 @@ def has_gradient_hooks(param: torch.Tensor) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether it shares its memory with a tensor that autograd knows; changing one in place changes both."""
+    return tensor._is_view()
+
+
 def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:
     """Do for `outputs` of a `fully_shard` module what it does for those that it finds: gather its weights before their backward."""
     if outputs:

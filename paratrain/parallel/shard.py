@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
 from paratrain.batch import map_tensors, tensors
-from paratrain.compat import gather_before_backward, track_gradients, without_communication
+from paratrain.compat import gather_before_backward, is_view, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -235,14 +235,14 @@ class _Alias(torch.autograd.Function):
 def _no_views(module: nn.Module, args: Any, output: Any) -> Any:
     """Outputs that the model may change in place: a view would lose the hook by which its backward gathers the weights."""
     if isinstance(output, torch.Tensor):
-        return _alias(output) if output._base is not None else None
-    if any(isinstance(leaf, torch.Tensor) and leaf._base is not None for leaf in tree_leaves(output)):
+        return _alias(output) if is_view(output) else None
+    if any(isinstance(leaf, torch.Tensor) and is_view(leaf) for leaf in tree_leaves(output)):
         return map_tensors(_alias, output)
     return None
 
 
 def _alias(x: torch.Tensor) -> torch.Tensor:
-    return x if x._base is None or not x.requires_grad or isinstance(x, DTensor) else _Alias.apply(x)
+    return x if not is_view(x) or not x.requires_grad or isinstance(x, DTensor) else _Alias.apply(x)
 
 
 def _gather_for_hidden_outputs(module: nn.Module) -> None:
