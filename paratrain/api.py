@@ -49,7 +49,10 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         model_fn,
         cfg,
         device,
-        sharded=layout.is_sharded(axes, cfg) or backends.streams_weights(cfg) or max(cfg.parallel.pp, cfg.parallel.tp, cfg.parallel.ep) > 1,
+        sharded=layout.is_sharded(axes, cfg)
+        or layout.replicates_by_sharding(axes, cfg)
+        or backends.streams_weights(cfg)
+        or max(cfg.parallel.pp, cfg.parallel.tp, cfg.parallel.ep) > 1,
     )
     freeze.apply(planned.model, cfg.freeze)
     blueprint = _blueprint(planned.model)

@@ -166,6 +166,8 @@ def _memory(cfg: Config) -> Faults:
         yield Fault("memory.activations", reason), ("memory.recompute",)
     if cfg.trainer.update_in_backward:
         yield from _update_in_backward(cfg)
+    if cfg.trainer.noise_scale is not None:
+        yield from _noise_scale(cfg)
     if cfg.compile_fallback and cfg.compile is False:
         yield Fault("compile_fallback", "nothing is compiled; write compile=true, or leave it out"), ("compile",)
 
@@ -186,6 +188,21 @@ def _update_in_backward(cfg: Config) -> Faults:
     for name, reason in reasons.items():
         if reason:
             yield Fault("trainer.update_in_backward", f"{name} {reason}, or trainer.update_in_backward=false"), (name,)
+
+
+def _noise_scale(cfg: Config) -> Faults:
+    """Where no rank has the whole gradient of a micro-batch."""
+    reasons: dict[str, str | bool] = {
+        f"parallel.{axis}": getattr(cfg.parallel, axis) > 1 and f"parallel.{axis} shares a micro-batch out among ranks; write 1"
+        for axis in ("tp", "cp", "pp")
+    }
+    reasons["strategy"] = isinstance(cfg.strategy, Foreign) and f"strategy={cfg.strategy.name} reduces gradients by itself; write fsdp"
+    reasons["trainer.update_in_backward"] = cfg.trainer.update_in_backward and "trainer.update_in_backward frees gradients; write false"
+    for key, reason in reasons.items():
+        if reason:
+            yield Fault("trainer.noise_scale", f"compares gradients of micro-batches, but {reason}, or trainer.noise_scale=null"), (key,)
+    if not cfg.trainer.noise_scale.decay < 1:
+        yield Fault("trainer.noise_scale.decay", f"is the weight of the past, so below 1; got {cfg.trainer.noise_scale.decay:g}"), ()
 
 
 def _foreign(cfg: Config) -> Faults:
@@ -217,6 +234,9 @@ def _foreign(cfg: Config) -> Faults:
     if cfg.memory.pretrained is not None and isinstance(strategy, DeepSpeedZero3):
         reason = f"strategy={name} does not read it; load the weights in the function that builds the model, or write strategy=fsdp"
         yield Fault("memory.pretrained", reason), ("strategy",)
+    if cfg.trainer.loss_weights is not None:
+        reason = f"strategy={name} was not taught several losses; write strategy=fsdp, or return one loss"
+        yield Fault("trainer.loss_weights", reason), ("strategy",)
     for key in ("clip_value", "clip_adaptive"):
         if getattr(cfg.trainer, key) is not None:
             reason = f"strategy={name} clips by norm only; write trainer.clip_norm=..., or strategy=fsdp"
@@ -252,6 +272,8 @@ def _precision(cfg: Config) -> Faults:
             yield Fault("precision.fp8", reason), ("memory.init",)
         if cfg.parallel.tp > 1:
             yield Fault("precision.fp8", "cannot be split over parallel.tp yet; write parallel.tp=1"), ("parallel.tp",)
+    if cfg.precision.accumulate_dtype == "fp32":
+        yield from _accumulate(cfg)
     if fallback.policy != "off":
         if name != "16-mixed":
             reason = (
@@ -279,6 +301,23 @@ def _precision(cfg: Config) -> Faults:
     if not scale.min <= scale.init <= scale.max:
         reason = f"must lie between min={scale.min:g} and max={scale.max:g}; got {scale.init:g}"
         yield Fault("precision.loss_scale.init", reason), ("precision.loss_scale.min", "precision.loss_scale.max")
+
+
+def _accumulate(cfg: Config) -> Faults:
+    """Where gradients cannot have more bits than their weights, or need not."""
+    strategy = cfg.strategy
+    reasons = {
+        "precision.name": cfg.precision.name != "bf16-true" and f"gradients of {cfg.precision.name} have 32 bits or more already",
+        "precision.reduce_dtype": cfg.precision.reduce_dtype == "grad" and "grad would round them between micro-batches; write fp32",
+        "strategy": isinstance(strategy, Foreign) and f"strategy={strategy.name} sums gradients by itself; write strategy=fsdp",
+        "strategy.comm_hook": isinstance(strategy, DDP)
+        and strategy.comm_hook != "none"
+        and "hooks want gradients of the weights' dtype; write none",
+        "trainer.update_in_backward": cfg.trainer.update_in_backward and "there is one micro-batch a step, and nothing to add to",
+    }
+    for key, reason in reasons.items():
+        if reason:
+            yield Fault("precision.accumulate_dtype", f"fp32, but {reason}; or leave it out"), (key,)
 
 
 def _data(cfg: Config) -> Faults:

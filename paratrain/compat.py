@@ -86,7 +86,7 @@ def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None
         module._get_fsdp_state()._register_pre_backward_hook(list(outputs))
 
 
-def track_gradients(module: Any, used: set[torch.Tensor]) -> None:
+def track_gradients(module: Any, used: set[torch.Tensor], dtype: torch.dtype | None = None) -> None:
     """Make the parameter group of a `fully_shard` module reduce a zero for each gathered parameter that has no gradient on this rank.
 
     Ranks that disagree about which parameters have gradients would otherwise reduce buffers of different layouts into each other.
@@ -94,9 +94,10 @@ def track_gradients(module: Any, used: set[torch.Tensor]) -> None:
 
     Args:
         used: gets the sharded parameters that had a gradient here.
+        dtype: of reduced gradients, to which those of later micro-batches are added; None: that of the weights.
     """
     for group in _param_groups(module):
-        group.post_backward = functools.partial(_fill_and_reduce, group, group.post_backward, used)
+        group.post_backward = functools.partial(_fill_and_reduce, group, group.post_backward, used, dtype)
 
 
 @contextmanager
@@ -165,7 +166,11 @@ def _param_groups(module: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor], *args: Any) -> None:
+def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor], dtype: torch.dtype | None, *args: Any) -> None:
+    if dtype is not None:
+        group._orig_dtype = dtype  # known from its first forward on; nothing but the reduction reads it afterwards
+    if not any(hasattr(p, "_unsharded_param") for p in group.fsdp_params):
+        return  # never called: torch would look for its gradients in vain
     gathered = [p for p in group.fsdp_params if p.sharded_param.requires_grad and hasattr(p, "_unsharded_param")]
     empty = []
     for param in gathered:
@@ -176,6 +181,10 @@ def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor
     if group.reduce_grads and (group.is_unsharded or len(empty) < len(gathered)):
         for param in empty:
             param._unsharded_param.grad = torch.zeros(param._unsharded_param.shape, dtype=param._unsharded_param.dtype, device=group.device)
+        if any(param.unsharded_accumulated_grad is not None for param in gathered):  # of the reduce dtype, which all must have then
+            for param in gathered:
+                if param.unsharded_accumulated_grad is None:
+                    param.to_accumulated_grad_if_needed()
     post_backward(*args)
 
 

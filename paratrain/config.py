@@ -337,6 +337,11 @@ class Precision:
     name: Literal["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"] = key("32-true", "dtype of weights and of compute")
     loss_scale: LossScale | None = key(None, "dynamic loss scaling; only for 16-mixed, where it is required")
     reduce_dtype: Literal["fp32", "grad"] = key("fp32", "dtype in which low-precision gradients are reduced over ranks")
+    accumulate_dtype: Literal["grad", "fp32"] = key(
+        "grad",
+        "sum gradients over micro-batches in the dtype of the weights, or in float32 with one rounding, for the update: only for bf16-true "
+        "(gradients of float32 weights are float32), twice the memory of gradients",
+    )
     fp8: Float8 | None = key(None, "products of linear layers in float8; only with bf16-mixed; null: none")
     fallback: Fallback = key(Fallback(), "what half precision does where it fails; only for 16-mixed")
 
@@ -456,6 +461,14 @@ class Spike:
 
 
 @dataclass(frozen=True)
+class NoiseScale:
+    """The gradient noise scale (McCandlish et al., 2018), from the gradients of the micro-batches of a step."""
+
+    every: int = key(10, "steps between readings, each of which takes a norm of every gradient of every micro-batch", minimum=1)
+    decay: float = key(0.95, "of the running averages of noise and gradient, whose ratio is logged", minimum=0.0)
+
+
+@dataclass(frozen=True)
 class Trainer:
     max_steps: int | None = key(None, "stop after this many steps", minimum=0)
     max_epochs: float | None = key(None, "stop after this many epochs", minimum=0)
@@ -471,6 +484,11 @@ class Trainer:
         "what a loss that is a plain mean is a mean over: samples, target elements (those equal to -100 excluded), or auto: "
         "target elements for integer targets, samples otherwise",
     )
+    loss_weights: dict[str, float] | None = key(
+        None,
+        "loss_fn returns several losses, a dict of these names, and the loss is the sum of weight x mean; the first counts the tokens: "
+        "{ce: 1.0, z: 1e-4}; null: it returns one",
+    )
     batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches")
     nonfinite: Literal["raise", "skip", "rollback"] = key(
         "raise",
@@ -479,6 +497,11 @@ class Trainer:
     )
     spike: Spike | None = key(
         None, "loss spikes: null ignores them; {} or {sigmas: 8} goes back to the last checkpoint and leaves the batch out"
+    )
+    noise_scale: NoiseScale | None = key(
+        None,
+        "log train/noise_scale, about the global batch beyond which more samples stop helping, in what the loss counts: {} or {every: 100}; "
+        "null: do not measure it",
     )
     step_timeout: Time | None = key(
         "15min",

@@ -26,8 +26,9 @@ from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.faults import memory
 from paratrain.layout import Layout
-from paratrain.loss import Loss, as_sum_and_count
+from paratrain.loss import Loss, as_sum_and_count, named
 from paratrain.mesh import Mesh
+from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
@@ -36,7 +37,7 @@ from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel import batch_norm
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
-from paratrain.precision import POLICIES, Fallback, LossScaler
+from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
 from paratrain.result import Scalar, StepResult, on_device
 
 
@@ -60,6 +61,7 @@ class Engine:
         global_step: steps taken, skipped ones included; the position in the data.
         updates: steps that changed the weights; the position in the schedule.
         ema: moving average of the weights; None without `ema`.
+        noise_scale: running averages behind `train/noise_scale`; None without `trainer.noise_scale`.
         micro_batch_size: samples a rank runs at once; None: its whole part of the global batch.
     """
 
@@ -87,6 +89,7 @@ class Engine:
         self._policy = POLICIES[cfg.precision.name]
         watched = cfg.precision.fallback.policy != "off"
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
+        self.noise_scale = NoiseScale(cfg.trainer.noise_scale, self.model, device) if cfg.trainer.noise_scale else None
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._slots = self._slots_of_params()
         self._base_numbers = numbers(optimizers)
@@ -100,6 +103,9 @@ class Engine:
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
         self._window: tuple[Scalar, Scalar] | None = None  # (sum, count) of the losses since the last step, on this rank
+        self._weights = cfg.trainer.loss_weights or {}
+        self._named: list[Scalar] = [0.0] * (2 * len(self._weights))  # likewise of each of several losses
+        self._micro_batches_in_step: int | None = None  # of a rank; None in a loop of the user's own
         self._votes: tuple[float, ...] = ()
         self._reduced: tuple[list[Scalar], Scalar] | None = None  # totals over ranks and the gradient norm, once known
         self._inside_backward = False
@@ -132,7 +138,7 @@ class Engine:
         if self._auto is not None:
             self.micro_batch_size = self._auto.fit(batches.as_local(batch))
         micro = self._micro_batches(batch)
-        self._votes = tuple(votes)
+        self._votes, self._micro_batches_in_step = tuple(votes), len(micro)
         with rng.preserved(self.device):
             if self._layout.pipeline is not None:
                 self._train_stages(self._layout.pipeline, micro)
@@ -164,7 +170,9 @@ class Engine:
             self._layout.settle()
             for module, mode in modes:
                 module.training = mode
-        return StepResult(self._sum_over_ranks(window), math.nan, self.lr, self.scaler.scale, False)
+        totals = self._weighed(self._sum_over_ranks((*window, *self._named)))
+        self._named = [0.0] * len(self._named)
+        return StepResult(totals, math.nan, self.lr, self.scaler.scale, False, tuple(self._weights))
 
     # ------------------------------------------------------------------ steps in the user's hands
 
@@ -206,7 +214,7 @@ class Engine:
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
         self._layout.reduce(self._params)
-        totals = self._sum_totals()
+        totals, parts = self._sum_totals()
         grads = [param.grad for param in self._params if param.grad is not None]
         factor = self._unit / self.scaler.scale / _or_one(totals[1])
         if self._layout.pipeline is None:
@@ -218,6 +226,8 @@ class Engine:
         gradients.scale(grads, factor)
         limits.clip(self._params, self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive)
         self._reduced = (totals, norm)
+        if self.noise_scale is not None:
+            self.noise_scale.update(parts, self._layout.average * self.scaler.scale / self._unit, norm, totals[1])
         return norm
 
     def step(self) -> StepResult:
@@ -232,7 +242,7 @@ class Engine:
         skipped = ((tolerant or self.scaler.enabled) and not math.isfinite(float(norm))) or (
             tolerant and not math.isfinite(float(totals[0]))
         )
-        result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped)
+        result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped, tuple(self._weights))
         if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
         if not skipped:
@@ -245,8 +255,11 @@ class Engine:
         for param in self._params:
             param.grad = None
         self._counted = self._counted + totals[1]
-        self._votes = ()
+        self._votes, self._micro_batches_in_step, self._named = (), None, [0.0] * len(self._named)
         self.global_step += 1
+        if self.noise_scale is not None:
+            self.noise_scale.forget()
+            self.noise_scale.reading = self.global_step % self.noise_scale.options.every == 0
         self._window = self._reduced = None
         self._set_lr()
         return result
@@ -335,6 +348,7 @@ class Engine:
             "unit": self._unit,
             "scaler": self.scaler.state_dict(),
             "fallback": self.fallback.state_dict() if self.fallback else None,
+            "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
             "optimizers": numbers(self.optimizers, since=self._base_numbers),
         }
 
@@ -347,6 +361,8 @@ class Engine:
             self.scaler.load_state_dict(counters["scaler"])
         if self.fallback and counters["fallback"]:
             self.fallback.load_state_dict(counters["fallback"])
+        if self.noise_scale and counters.get("noise_scale"):
+            self.noise_scale.load_state_dict(counters["noise_scale"])
         self._set_lr()
 
     def plan_updates(self, total: int | None) -> None:
@@ -404,14 +420,53 @@ class Engine:
         with self._policy.autocast(self.device.type):
             outputs = self._policy.cast_outputs(outputs)
             if real == 0:
+                self._ratios([0] * len(self._weights))
                 return _weightless(outputs), 0
             loss = self._loss_fn(outputs, self._policy.cast_targets(batches.to_device(targets, self.device)))
-            if isinstance(loss, torch.Tensor):
+            several = loss.values() if isinstance(loss, Mapping) else [loss]
+            count = None
+            if any(isinstance(value, torch.Tensor) for value in several):  # means
                 count = batches.count(targets, real, self.cfg.trainer.loss_count)
                 if count == 0:
+                    self._ratios([0] * len(self._weights))
                     return _weightless(outputs), 0
-                return as_sum_and_count(loss, count)
-            return as_sum_and_count(loss)
+            if self._weights:
+                return self._sum_of_losses(named(loss, self._weights, count))
+            return as_sum_and_count(loss, count)
+
+    def _sum_of_losses(self, losses: Sequence[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
+        """(sum, count) of which the mean is that of several losses, each weighed and divided by its own count over the whole step.
+
+        The division comes after all backwards, by the count of the first; so each of the others is brought to that count before, which is
+        possible where it is the same count, or where one micro-batch a step lets the ranks add up theirs between forward and backward.
+        """
+        self._named = [had + self._scalar(new) for had, new in zip(self._named, (x for pair in losses for x in pair), strict=True)]
+        counts = [count for _, count in losses]
+        factors = zip(self._weights.values(), self._ratios(counts), strict=True)
+        return torch.stack([total * (weight * ratio) for (total, _), (weight, ratio) in zip(losses, factors, strict=True)]).sum(), counts[0]
+
+    def _ratios(self, counts: Sequence[Any]) -> list[Scalar]:
+        """The first of several counts over each of them, in the whole step; 1 in evaluation, which needs none."""
+        if not torch.is_grad_enabled():
+            return [1.0] * len(counts)
+        if counts and self._micro_batches_in_step == 1:
+            sums = self._sum_over_ranks([self._scalar(count) for count in counts], over=self.mesh.weights)
+            return [_or_one(sums[0]) / _or_one(one) for one in sums]
+        tensors = any(isinstance(count, torch.Tensor) for count in counts)
+        if any(count is not counts[0] and (tensors or count != counts[0]) for count in counts):
+            raise UserError(
+                f"trainer.loss_weights: {', '.join(self._weights)} have counts of their own, which a step of several micro-batches knows too late; "
+                "write data.micro_batch_size=null and a smaller data.global_batch, or return one count (the same object) with all of them"
+            )
+        return [1.0] * len(counts)
+
+    def _weighed(self, totals: list[Scalar]) -> list[Scalar]:
+        """Totals whose first is that of the weighed losses that follow it, if there are several."""
+        if not self._weights:
+            return totals
+        pairs = zip(self._weights.values(), totals[2::2], totals[3::2], strict=False)
+        mean: Scalar = sum((weight * total / _or_one(count) for weight, total, count in pairs), 0.0)
+        return [mean * _or_one(totals[1]), *totals[1:]]
 
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
@@ -484,6 +539,8 @@ class Engine:
             self._layout.backward(scaled)
         finally:
             self._inside_backward = False
+        if self.noise_scale is not None:
+            self.noise_scale.end_part(self._scalar(count))
 
     def _to_differentiate(self, total: torch.Tensor, count: Any) -> torch.Tensor:
         """Count a micro-batch, and scale its loss to what backward starts from."""
@@ -517,7 +574,7 @@ class Engine:
         rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self._weights_rank)
         total, count = self._loss(self._layout.run, inputs, targets, real)
         self._window = self._add((0.0, 0.0), total, count)
-        totals = self._sum_over_ranks((*self._window, *self._votes))
+        totals = self._weighed(self._sum_over_ranks((*self._window, *self._named, *self._votes)))
         self._layout.backward(total * (self._layout.average / _or_one(totals[1])))
         self._layout.reduce(self._params)
         if self._layout.used is not None:
@@ -541,6 +598,9 @@ class Engine:
                 fits = False
         for param in self.model.parameters():
             param.grad = None
+        if self.noise_scale is not None:
+            self.noise_scale.forget()
+        self._named = [0.0] * len(self._named)
         if self._layout.used is not None:
             self._layout.used.clear()
         for buffer, value in buffers:
@@ -569,8 +629,9 @@ class Engine:
         return self.ema.applied() if self.ema and self.ema.options.evaluate else nullcontext()
 
     def _update(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
+        with accumulate.rounded(self._params):
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def _total_norm(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         return (
@@ -592,15 +653,19 @@ class Engine:
             return list(values)
         return self._scalars(self._all_reduced(self._vector(values), over))
 
-    def _sum_totals(self) -> list[Scalar]:
-        """Sum, count and votes of this step over the ranks; a parameter that no data rank used has no gradient afterwards.
+    def _sum_totals(self) -> tuple[list[Scalar], list[Scalar]]:
+        """Sums, counts and votes of this step over the ranks, and what its noise scale needs; a parameter that no data rank used has no
+        gradient afterwards.
 
         Where gradients are sharded, one that some ranks did not use is reduced with zeros from them, so only the ranks together know.
         """
         assert self._window is not None
-        own, used, order = (*self._window, *self._votes), self._layout.used, self._layout.order
+        parts = self.noise_scale.totals(self._data_ranks) if self.noise_scale is not None else ()
+        own, used, order = (*self._window, *self._named, *self._votes, *parts), self._layout.used, self._layout.order
+        end = len(own) - len(parts)
         if used is None:
-            return self._sum_over_ranks(own)
+            totals = self._sum_over_ranks(own)
+            return self._weighed(totals[:end]), totals[end:]
         slots, size = self._slots
         here = [param in used for param in self._params]
         used.clear()
@@ -621,7 +686,7 @@ class Engine:
             for slot, param in zip(slots, self._params, strict=True):
                 if not counts[slot]:
                     param.grad = None
-        return totals
+        return self._weighed(totals[:end]), totals[end:]
 
     def _slots_of_params(self) -> tuple[list[int], int]:
         """Where each parameter stands among those of all data ranks, and how many these are: ranks of ep may hold others by name."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from paratrain import backends
-from paratrain.config import Config, Foreign, Sharded, Zero1
+from paratrain.config import DDP, Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import activations, batch_norm, blocks, compile, context, ddp, experts, materialise, pipeline, recompute, tensor
@@ -25,6 +25,7 @@ from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
 from paratrain.parallel.tensor import Placed
+from paratrain.precision import accumulate
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ def is_sharded(mesh: Mesh, cfg: Config) -> bool:
     return isinstance(cfg.strategy, Sharded) and (mesh.weights.size() > 1 or cfg.memory.offload == "params")
 
 
+def replicates_by_sharding(mesh: Mesh, cfg: Config) -> bool:
+    """Whether strategy=ddp is to be `fully_shard` over one shard rank, which knows what DistributedDataParallel does not: gradients of
+    another dtype than their weights."""
+    return isinstance(cfg.strategy, DDP) and accumulate.dtype_of(cfg) is not None and mesh.weights.size() > 1 and cfg.parallel.pp == 1
+
+
 def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.device) -> Layout:
     """Lay a planned model out over `mesh`, in place, and give it its values."""
     model, ranks = planned.model, mesh.weights.size()
@@ -86,7 +93,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     context.apply(sequences, units)
     if ranks > 1:
         batch_norm.synchronise(model, mesh, cfg)
-    if (placed.plan or found) and ranks > 1 and not isinstance(cfg.strategy, Sharded):
+    if ((placed.plan or found) and ranks > 1 and not isinstance(cfg.strategy, Sharded)) or replicates_by_sharding(mesh, cfg):
         cfg = replace(cfg, strategy=Zero1())  # over one shard rank: plain replication, by the machinery that knows DTensors
     recompute.apply(units, model, cfg)
     compile.apply(units, model, cfg)
@@ -97,6 +104,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     if is_sharded(mesh, cfg):
         sharded = shard(model, units, mesh, cfg, dealt.modules)
         materialise.fill(planned, cfg, device)
+        accumulate.widen(model.parameters(), accumulate.dtype_of(cfg))
         placed.keep(model)
         if stages:
             run = Pipeline(stages, mesh, cfg, device, sharded=True)
@@ -127,6 +135,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             experts=dealt,
         )
     materialise.fill(planned, cfg, device)
+    accumulate.widen(model.parameters(), accumulate.dtype_of(cfg))
     placed.keep(model)
     if stages:
         run = Pipeline(stages, mesh, cfg, device, sharded=False)

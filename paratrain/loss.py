@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from paratrain.errors import UserError
 
-Loss = Callable[[Any, Any], Any]  # loss_fn(outputs, targets) -> (sum, count), or a scalar mean
+Loss = Callable[[Any, Any], Any]  # loss_fn(outputs, targets) -> (sum, count), or a scalar mean; or a dict of them, see `named`
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -124,6 +124,23 @@ def checked(loss_fn: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
     return loss_fn
 
 
+def named(losses: Any, weights: Mapping[str, float], count: Any) -> list[tuple[torch.Tensor, Any]]:
+    """The (sum, count) of each loss that `trainer.loss_weights` names, in its order.
+
+    Args:
+        losses: what loss_fn returned: name -> (sum, count), or a scalar mean over `count`.
+
+    Raises:
+        UserError: the names are not those of `weights`.
+    """
+    if not isinstance(losses, Mapping) or set(losses) != set(weights):
+        got = ", ".join(map(str, losses)) if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+        raise UserError(
+            f"trainer.loss_weights names {', '.join(weights)}, and loss_fn returned {got}; return a dict with a (sum, count) or a mean for each name"
+        )
+    return [as_sum_and_count(losses[name], count) for name in weights]
+
+
 def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
     """A pair (sum, count) as it is; a scalar mean over `count` as (mean x count, count).
 
@@ -146,4 +163,7 @@ def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
             )
         assert count is not None
         return loss.reshape(()) * count, count
+    if isinstance(loss, Mapping):
+        weights = ", ".join(f"{name}: 1.0" for name in loss)
+        raise UserError(f"loss_fn returned several losses; say what each weighs in their sum: trainer.loss_weights={{{weights}}}")
     raise UserError(f"loss_fn returned {type(loss).__name__}; return (sum, count), or a scalar tensor that is a mean")

@@ -29,11 +29,14 @@ class StepResult:
         loss_scale: loss scale of this step.
         skipped: whether the update was skipped because float16 gradients overflowed.
         votes: sums over all ranks of the numbers given to `train_step`.
+        losses: name -> (sum, count) of each loss of `trainer.loss_weights`, summed like `count`; empty without.
     """
 
-    __slots__ = ("_arrived", "_numbers", "device_count", "loss_scale", "lr", "skipped")
+    __slots__ = ("_arrived", "_names", "_numbers", "device_count", "loss_scale", "lr", "skipped")
 
-    def __init__(self, totals: Sequence[Scalar], norm: Scalar, lr: float, loss_scale: float, skipped: bool):
+    def __init__(self, totals: Sequence[Scalar], norm: Scalar, lr: float, loss_scale: float, skipped: bool, names: Sequence[str] = ()):
+        """`totals`: sum and count of the loss, a sum and a count for each of `names`, votes."""
+        self._names = tuple(names)
         self.device_count = totals[1]
         self.lr, self.loss_scale, self.skipped = lr, loss_scale, skipped
         self._arrived: torch.cuda.Event | None = None
@@ -72,7 +75,12 @@ class StepResult:
 
     @property
     def votes(self) -> list[float]:
-        return list(self._read()[3:])
+        return list(self._read()[3 + 2 * len(self._names) :])
+
+    @property
+    def losses(self) -> dict[str, tuple[float, float]]:
+        numbers = self._read()[3:]
+        return {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(self._names)}
 
     def __repr__(self) -> str:
         return f"StepResult(loss={self.loss:.6g}, grad_norm={self.grad_norm:.6g}, count={self.count}, lr={self.lr:.4g}, skipped={self.skipped})"

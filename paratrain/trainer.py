@@ -235,11 +235,14 @@ class Trainer:
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
         }
+        metrics |= {f"train/loss/{name}": total / count if count else math.nan for name, (total, count) in result.losses.items()}
         if engine.scaler.enabled:
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": engine.scaler.skipped}
             metrics["train/loss_scale_changes"] = engine.scaler.changes
         if engine.fallback:
             metrics |= engine.fallback.metrics()
+        if engine.noise_scale:
+            metrics["train/noise_scale"] = engine.noise_scale.value
         metrics |= meter.read()
         metrics["goodput/ratio"] = self.goodput.ratio
         self.goodput.write()
@@ -265,14 +268,23 @@ class Trainer:
         order = data.Order(len(self.eval_data), cfg.data.global_batch, cfg.seed, shuffle=False)
         steps = min(order.steps_per_epoch, cfg.trainer.eval_batches or order.steps_per_epoch)
         total = count = 0.0
+        named: dict[str, tuple[float, float]] = {}
         text = False
         for _, batch in data.loader(self.eval_data, order, 0, mesh.get_local_rank(), mesh.size(), seed=cfg.seed, stop_step=steps):
             result = self.engine.eval_step(batch)
             if result.count:
                 total, count = total + result.loss * result.count, count + result.count
+            for name, pair in result.losses.items():
+                had = named.get(name, (0.0, 0.0))
+                named[name] = had[0] + pair[0], had[1] + pair[1]
             text = _is_text(batch)
             self._watchdog.beat("evaluating")
         metrics = {"eval/loss": total / count if count else math.nan}
+        if named:
+            means = {name: part / number if number else math.nan for name, (part, number) in named.items()}
+            metrics = {f"eval/loss/{name}": mean for name, mean in means.items()}
+            weights = cfg.trainer.loss_weights or {}
+            metrics["eval/loss"] = sum(weights[name] * mean for name, mean in means.items() if not math.isnan(mean))
         if text:
             metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
         self._emit("on_eval_end", metrics)

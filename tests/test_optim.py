@@ -222,6 +222,17 @@ def test_stochastic_rounding_keeps_what_rounding_loses():
     assert moved(True) == pytest.approx(1.0, abs=0.1)
 
 
+def test_sgd_updates_16_bit_weights():
+    """torch's fused kernel for the CPU does not (2.13), and says nothing."""
+    weight = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    (optimizer,) = optim.build(Optimizer("torch.optim.SGD", lr=0.5, weight_decay=0.0), nn.ParameterDict({"w": weight}))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((3, 3), 0.5, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"optimizer.fused: .*does not update 16-bit weights on the CPU"):
+        optim.build(Optimizer("torch.optim.SGD", fused=True), nn.ParameterDict({"w": weight}))
+
+
 # ---------------------------------------------------------------------- every layout
 
 

@@ -127,7 +127,7 @@ class DeepSpeedEngine(Engine):
             raise UserError("no gradients yet: call engine.backward(loss) before clipping")
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
-        totals = self._sum_totals()
+        totals, _ = self._sum_totals()
         zero = self.deepspeed.optimizer
         zero.clip_grad = max_norm or 0.0
         zero.loss_scale = self.scaler.scale * (float(totals[1]) or 1.0) / self._unit

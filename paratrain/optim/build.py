@@ -108,7 +108,13 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
             problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(list(accepted)[1:])})")
     kwargs: dict[str, Any] = {}
     sharded = any(isinstance(p, DTensor) for g in groups for p in g["params"])
-    if "fused" in accepted and not (sharded and cls not in (torch.optim.Adam, torch.optim.AdamW)):
+    # torch's fused SGD leaves 16-bit weights on the CPU as they are, silently (2.13)
+    if cls is torch.optim.SGD and any(p.device.type != "cuda" and p.dtype.itemsize < 4 for g in groups for p in g["params"]):
+        if fused:
+            problems.append(
+                f"optimizer.fused: torch's kernel of {target} does not update 16-bit weights on the CPU; leave optimizer.fused out"
+            )
+    elif "fused" in accepted and not (sharded and cls not in (torch.optim.Adam, torch.optim.AdamW)):
         kwargs["fused"] = fused if fused is not None else all(p.is_floating_point() for g in groups for p in g["params"])
     elif fused and sharded:
         problems.append(f"optimizer.fused: torch has no fused kernel of {target} for sharded weights; leave optimizer.fused out")

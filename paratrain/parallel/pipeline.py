@@ -292,7 +292,7 @@ class Pipeline:
             dist.all_reduce(flat, group=self._data_group)
             *sums, users = flat.split([*(p.numel() for p in bucket), len(bucket)])
             for param, total, count in zip(bucket, sums, users.tolist(), strict=True):
-                param.grad = total.view_as(param).to(param.dtype) if count else None
+                param.grad = total.view_as(param).to(param.grad_dtype) if count else None
 
     def _sum_shared(self) -> None:
         """Each holder of a shared weight sends its gradient to the others; all add them in the order of the ranks, to the same bits."""
@@ -303,7 +303,7 @@ class Pipeline:
             if param is None or param in seen or not param.requires_grad or self.rank not in ranks:
                 continue
             seen.add(param)
-            whole = param if param.grad is None else param.grad
+            whole = torch.zeros_like(param, dtype=param.grad_dtype) if param.grad is None else param.grad
             like = whole.to_local() if isinstance(whole, DTensor) else whole
             mine = torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device)
             if param.grad is not None:

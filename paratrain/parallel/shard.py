@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel.call_order import CallOrder
-from paratrain.precision import POLICIES
+from paratrain.precision import POLICIES, accumulate
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,11 @@ class ShardedModel:
         self.used.update(param for param in whole if param.grad is not None)
         if not whole:
             return
-        flat = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in whole]).div_(self.group.size())
+        wide = reduce(torch.promote_types, (p.dtype for p in whole), torch.float32)
+        flat = torch.stack([(torch.zeros_like(p) if p.grad is None else p.grad).to(wide) for p in whole]).div_(self.group.size())
         dist.all_reduce(flat, group=self.group)
         for param, grad in zip(whole, flat.unbind(), strict=True):
-            param.grad = grad.clone()
+            param.grad = grad.to(param.grad_dtype, copy=True)
 
 
 def shard(
@@ -151,7 +152,7 @@ def shard(
     sharded = ShardedModel(model, group, options, cfg.strategy.name, order)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            track_gradients(module, sharded.used)
+            track_gradients(module, sharded.used, accumulate.dtype_of(cfg))
     return sharded
 
 

@@ -1,5 +1,5 @@
 """What is computed in which dtype: `policy` (weights, compute, inputs, outputs), `loss_scale` (float16's range),
-and `fallback` (what leaves it)."""
+`fallback` (what leaves it), and `accumulate` (in what gradients are summed)."""
 
 from paratrain.precision.fallback import Fallback
 from paratrain.precision.loss_scale import LossScaler
