@@ -106,18 +106,22 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(overrides: list[str]) -> None:
+def jobs(overrides: list[str]) -> dict[str, list[str]]:
+    """Name -> overrides of each run."""
     common = ["data.global_batch=64", "optimizer.lr=3e-4", "trainer.max_steps=200", "trainer.log_every=1", "trainer.clip_norm=1.0"]
     common += ["logger.sinks=[jsonl]", "checkpoint.at_end=false", *overrides]
     fp16 = ["precision=fp16", "precision.loss_scale.growth_interval=100", "precision.fallback.every=5", "precision.fallback.calm=100"]
-    jobs = {
-        "fp32": ["precision=fp32"],
-        "fp16": ["precision=fp16"],
-        "fp16, fallback=module": [*fp16, "precision.fallback.policy=module"],
+    return {
+        "fp32": ["precision=fp32", *common],
+        "fp16": ["precision=fp16", *common],
+        "fp16, fallback=module": [*fp16, "precision.fallback.policy=module", *common],
     }
+
+
+def main(overrides: list[str]) -> None:
     runs = {
-        name: train(pt.load_config([*options, *common]), name.partition(",")[0] + "-module" * ("," in name))
-        for name, options in jobs.items()
+        name: train(pt.load_config(options), name.partition(",")[0] + "-module" * ("," in name))
+        for name, options in jobs(overrides).items()
     }
     if int(torch.distributed.get_rank()) == 0:
         for name, lines in runs.items():

@@ -258,8 +258,7 @@ class Engine:
         self._votes, self._micro_batches_in_step, self._named = (), None, [0.0] * len(self._named)
         self.global_step += 1
         if self.noise_scale is not None:
-            self.noise_scale.forget()
-            self.noise_scale.reading = self.global_step % self.noise_scale.options.every == 0
+            self.noise_scale.begin(self.global_step)
         self._window = self._reduced = None
         self._set_lr()
         return result
@@ -361,8 +360,10 @@ class Engine:
             self.scaler.load_state_dict(counters["scaler"])
         if self.fallback and counters["fallback"]:
             self.fallback.load_state_dict(counters["fallback"])
-        if self.noise_scale and counters.get("noise_scale"):
-            self.noise_scale.load_state_dict(counters["noise_scale"])
+        if self.noise_scale:
+            self.noise_scale.begin(self.global_step)
+            if counters.get("noise_scale"):
+                self.noise_scale.load_state_dict(counters["noise_scale"])
         self._set_lr()
 
     def plan_updates(self, total: int | None) -> None:
@@ -599,7 +600,7 @@ class Engine:
         for param in self.model.parameters():
             param.grad = None
         if self.noise_scale is not None:
-            self.noise_scale.forget()
+            self.noise_scale.begin(self.global_step)
         self._named = [0.0] * len(self._named)
         if self._layout.used is not None:
             self._layout.used.clear()

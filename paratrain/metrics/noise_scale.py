@@ -30,17 +30,17 @@ class NoiseScale:
 
     def __init__(self, options: Options, model: nn.Module, device: torch.device):
         self.options, self.device = options, device
-        self.reading = True
         self.trace: Scalar = 0.0  # running averages of tr S and |G|^2, both short of the same factor
         self.square: Scalar = 0.0
         self._hooked: set[torch.Tensor] = set()
         for module in model.modules():
             if module is model or isinstance(module, FSDPModule):  # whose weights are whole from here on
                 module.register_forward_pre_hook(self._watch)
-        self.forget()
+        self.begin(0)
 
-    def forget(self) -> None:
-        """Begin a step."""
+    def begin(self, step: int) -> None:
+        """Begin step number `step`."""
+        self.reading = step % self.options.every == 0
         self._part: Scalar = 0.0
         self._sum: Scalar = 0.0
         self._parts: Scalar = 0.0

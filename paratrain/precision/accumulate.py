@@ -28,6 +28,7 @@ def rounded(params: Sequence[torch.Tensor]) -> Iterator[None]:
     wide = {param: param.grad.dtype for param in params if param.grad is not None and param.grad.dtype != param.dtype}
     for param in wide:
         grad, param.grad = param.grad, None
+        assert grad is not None
         param.grad_dtype = param.dtype
         param.grad = grad.to(param.dtype)
     try:
