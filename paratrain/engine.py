@@ -35,6 +35,7 @@ from paratrain.optim.ema import EMA
 from paratrain.optim.in_backward import UpdateInBackward
 from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel import batch_norm
+from paratrain.parallel.compile import compiled
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
@@ -88,7 +89,8 @@ class Engine:
         self._norms = batch_norm.synchronised(self.model)
         self._policy = POLICIES[cfg.precision.name]
         watched = cfg.precision.fallback.policy != "off"
-        self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device) if watched else None
+        codes = compiled(self.model)
+        self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device, codes) if watched else None
         self.noise_scale = NoiseScale(cfg.trainer.noise_scale, self.model, device) if cfg.trainer.noise_scale else None
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._slots = self._slots_of_params()

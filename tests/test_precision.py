@@ -65,7 +65,7 @@ def test_readings_are_what_happened():
         engine_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         assert engine_ranks == 2
         layer = nn.Sequential(nn.Linear(2, 2, bias=False))
-        monitor = Monitor(layer, torch.device("cpu"))
+        monitor = Monitor(dict(layer.named_modules()), torch.device("cpu"))
         rank = torch.distributed.get_rank()
         x = torch.tensor([[1.0, -3.0 - rank]], requires_grad=True)
         with torch.no_grad():
@@ -162,6 +162,49 @@ def test_the_module_that_overflows_moves(strategy, to):
     full = setup(seeded_hot, squares, config(precision=Precision("32-true")))
     reference = [s.loss for s in steps(full, batches(8)[1:])]
     assert losses[1:] == pytest.approx(reference, rel=0.05 if to == "bf16" else 0.01)
+
+
+class Tower(nn.Module):
+    """Blocks of one class, of which the third works on large numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Hot() for _ in range(4))
+        for number, block in enumerate(self.blocks):
+            block.last = nn.Linear(4, 4)
+            block.heat.fill_(1e5 if number == 2 else 1.0)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        x = self.inner(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("strategy", [DDP(), FSDP()], ids=lambda s: s.name)
+def test_compiled_blocks_move_as_a_whole(strategy):
+    """The block leaves half and comes back again and again; its code is compiled for half and for float32, and not anew each time."""
+
+    def body():
+        cfg = config(precision=half(Fallback("module", every=1, calm=2)), strategy=strategy, compile="aot_eager")
+        engine = setup(Tower, squares, cfg)
+        torch._dynamo.utils.counters.clear()
+        losses, graphs, (hot,) = [], [], [b for b in engine.model.blocks if float(b.heat) > 1]
+        for batch in batches(40):
+            hot.heat.fill_(1e5 if engine.global_step % 8 < 3 else 1.0)
+            losses.append(engine.train_step(engine.local(batch)).loss)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return events(engine), losses, graphs, engine.fallback.half_fraction
+
+    (happened, losses, graphs, _), (theirs, *_) = run(body, 2)
+    assert happened == theirs
+    assert {module for _, module, _ in happened} == {"blocks.2"}
+    assert [event for *_, event in happened][:4] == ["fp32", "half", "fp32", "half"]
+    assert graphs[-1] == graphs[20] <= 4, "no code for each move"
+    assert all(math.isfinite(loss) for loss in losses[1:2])
 
 
 def test_global_moves_everything():

@@ -35,6 +35,11 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
         block.__dict__["_compiled_name"] = name
 
 
+def compiled(model: nn.Module) -> list[str]:
+    """Names of the modules whose forward `apply` has compiled."""
+    return [name for name, module in model.named_modules() if isinstance(module, _Compiled)]
+
+
 class _Compiled(nn.Module):
     _compiled: Any
     _compiled_name: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
 
@@ -30,13 +30,19 @@ WHOLE = ""  # the name of the model itself
 class Fallback:
     """Watches a model under 16-mixed and moves modules out of float16 and back.
 
+    Args:
+        compiled: names of modules with compiled forwards. Each is watched and moved as a whole, from outside of its code, which is
+            compiled once for half and once for the wider dtype.
+
     Attributes:
         moved: module -> the step at which it left half.
         events: what happened: {"step", "event", "module", "why"}, newest last.
         readings: the last reading.
     """
 
-    def __init__(self, options: FallbackOptions, model: nn.Module, scaler: LossScaler, device: torch.device):
+    def __init__(
+        self, options: FallbackOptions, model: nn.Module, scaler: LossScaler, device: torch.device, compiled: Collection[str] = ()
+    ):
         self.options, self.scaler = options, scaler
         self.moved: dict[str, int] = {}
         self.events: list[dict[str, Any]] = []
@@ -44,11 +50,17 @@ class Fallback:
         self._calm: dict[str, int] = {}  # steps that a module must stay out; doubles with each relapse
         self._streak: dict[str, int] = {}  # readings in a row in which a module's gradients underflow
         self._waited = -options.every  # step of the last overflow that nobody had looked at
-        self._monitor = Monitor(model, device)
+        watched = {
+            name: module
+            for name, module in model.named_modules()
+            if not any(name != outer and _holds(outer, name) for outer in compiled)  # what is inside is one with the compiled code
+        }
+        self._monitor = Monitor(watched, device)
         self._weighted = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+        self._compiled = set(compiled)
         self._switches: dict[str, _Switch] = {}
         if options.policy in ("module", "global"):
-            self._switches = {name: _Switch(module, DTYPES[options.to], device.type) for name, module in model.named_modules()}
+            self._switches = {name: _Switch(module, DTYPES[options.to], device.type) for name, module in watched.items()}
 
     def after_step(self, step: int, skipped: bool) -> bool:
         """Judge the step `step` (counted from 1). Every rank must call it.
@@ -99,7 +111,9 @@ class Fallback:
             why = "the gradients of its outputs overflow at the floor of the loss scale"
         if not culprits and at_floor:  # the gradients of weights are sums of products of inputs and gradients
             products = {
-                name: r.inputs * r.grad_outputs for name, r in self.readings.items() if name in self._weighted and not self._is_out(name)
+                name: r.inputs * r.grad_outputs
+                for name, r in self.readings.items()
+                if (name in self._weighted or name in self._compiled) and not self._is_out(name)
             }
             finite = {name: value for name, value in products.items() if 0 < value < math.inf}
             culprits = [max(finite, key=finite.__getitem__)] if finite else [WHOLE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,21 +51,21 @@ class Reading(NamedTuple):
 
 
 class Monitor:
-    """Hooks on every module of a model. Costs one test a module and step, and three reductions a tensor in a step that is read.
+    """Hooks on modules, by their names. Costs one test a module and step, and three reductions a tensor in a step that is read.
 
     Attributes:
         names: the modules, outer ones first; "" is the model itself.
         reading: whether this step is measured.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.names = [name for name, _ in model.named_modules()]
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
+        self.names = list(modules)
         self.reading = True
         self._half = [False] * len(self.names)
         self._table = torch.zeros(
             len(self.names), _MAXIMA + _SUMS, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
         )
-        for index, (_, module) in enumerate(model.named_modules()):
+        for index, module in enumerate(modules.values()):
             module.register_forward_hook(partial(self._measure, index), with_kwargs=True)
 
     def read(self) -> dict[str, Reading]:
