@@ -270,6 +270,13 @@ def _precision(cfg: Config) -> Faults:
         if cfg.memory.init == "meta":
             reason = "replaces linear layers, whose own way to draw their values would be lost; write memory.init=constructor"
             yield Fault("precision.fp8", reason), ("memory.init",)
+        if cfg.precision.fp8.all_gather:
+            if not isinstance(cfg.strategy, Sharded) or cfg.memory.offload == "params" or cfg.parallel.pp > 1:
+                reason = "gathers float8 weights, which sharded strategies do without memory.offload=params and parallel.pp; write strategy=fsdp, or false"
+                yield Fault("precision.fp8.all_gather", reason), ("strategy", "memory.offload", "parallel.pp")
+            if cfg.precision.fp8.recipe != "tensorwise":
+                reason = f"one scale has to fit the whole weight, but precision.fp8.recipe={cfg.precision.fp8.recipe}; write tensorwise, or false"
+                yield Fault("precision.fp8.all_gather", reason), ("precision.fp8.recipe",)
         if cfg.parallel.tp > 1:
             yield Fault("precision.fp8", "cannot be split over parallel.tp yet; write parallel.tp=1"), ("parallel.tp",)
     if cfg.precision.accumulate_dtype == "fp32":

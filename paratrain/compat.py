@@ -86,6 +86,11 @@ def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None
         module._get_fsdp_state()._register_pre_backward_hook(list(outputs))
 
 
+def replace_local(tensor: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put `change` of what this rank holds of a DTensor in its place: a subclass that says how `fully_shard` is to gather it."""
+    tensor._local_tensor = change(tensor._local_tensor)
+
+
 def track_gradients(module: Any, used: set[torch.Tensor], dtype: torch.dtype | None = None) -> None:
     """Make the parameter group of a `fully_shard` module reduce a zero for each gathered parameter that has no gradient on this rank.
 

@@ -329,6 +329,10 @@ class Float8:
     recipe: Literal["tensorwise", "rowwise"] = key("tensorwise", "one scale a tensor, or one a row: more exact, a little slower")
     include: list[str] = key(["*"], "globs on names of linear layers")
     exclude: list[str] = key([], "globs on names of linear layers that stay in bfloat16")
+    all_gather: bool = key(
+        False,
+        "sharded strategies send the weights of these layers in float8, a quarter of the traffic, to the same products; tensorwise only",
+    )
     emulate: bool = key(False, "round as float8 does and multiply in the compute dtype: for tests, on any device")
 
 

@@ -25,7 +25,7 @@ from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
 from paratrain.parallel.tensor import Placed
-from paratrain.precision import accumulate
+from paratrain.precision import accumulate, fp8
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     """Lay a planned model out over `mesh`, in place, and give it its values."""
     model, ranks = planned.model, mesh.weights.size()
     _refuse_sparse_gradients(model)
+    _refuse_weights_that_forward_changes(model, mesh)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     plan = tensor.planned(model, mesh, cfg)
@@ -104,6 +105,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     if is_sharded(mesh, cfg):
         sharded = shard(model, units, mesh, cfg, dealt.modules)
         materialise.fill(planned, cfg, device)
+        fp8.gather_in_float8(model, cfg.precision.fp8)
         accumulate.widen(model.parameters(), accumulate.dtype_of(cfg))
         placed.keep(model)
         if stages:
@@ -167,4 +169,15 @@ def _refuse_sparse_gradients(model: nn.Module) -> None:
     if sparse:
         raise UserError(
             f"model: {sparse[0]} makes sparse gradients, which have no global norm and cannot be sharded; build it with sparse=False"
+        )
+
+
+def _refuse_weights_that_forward_changes(model: nn.Module, mesh: Mesh) -> None:
+    changing = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
+    if changing and mesh.root.size() > 1:
+        raise UserError(
+            f"model: {changing[0]} rescales its weights in forward (max_norm), on each rank the rows of that rank's samples, so the ranks would "
+            "train different weights; build it with max_norm=None, or train with one process"
         )

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import Tiny, config, token_batches, token_loss
+from sharding_zoo import gpt
 from torch import nn
 
 from paratrain import optim
 from paratrain.api import setup
-from paratrain.config import DDP, FSDP, LossScale, Optimizer, ParamGroup, Precision, Scheduler
+from paratrain.config import DDP, FSDP, HSDP, LossScale, Optimizer, Parallel, ParamGroup, Precision, Scheduler, Single
 from paratrain.errors import ConfigError, UserError
 from paratrain.optim import low_bit, matrix
 from paratrain.optim.build import not_matrices, undecayed
@@ -26,6 +27,7 @@ LIBRARY = {
     "adabelief": Optimizer("pytorch_optimizer.AdaBelief", lr=1e-2),
     "lion": Optimizer("pytorch_optimizer.Lion", lr=1e-3),
     "lamb": Optimizer("pytorch_optimizer.Lamb", lr=1e-2),
+    "came": Optimizer("pytorch_optimizer.CAME", lr=1e-3),  # by its name alone, and not known to be right when sharded
     "schedule_free": Optimizer("pytorch_optimizer.ScheduleFreeAdamW", lr=1e-2),
     "muon": Optimizer("paratrain.optim.Muon", lr=1e-2),
     "shampoo": Optimizer("paratrain.optim.Shampoo", lr=1e-2, args={"frequency": 3}),
@@ -265,8 +267,42 @@ def test_layouts_equal_one_process(strategy, alone):
         assert len(set(expected)) == len(expected)
 
 
-def test_offload_is_refused_where_weights_are_sharded():
+MODEL_PARALLEL = {
+    "tp": (2, {"strategy": DDP(), "parallel": Parallel(tp=2)}),
+    "pp": (2, {"strategy": DDP(), "parallel": Parallel(pp=2)}),
+    "hsdp": (4, {"strategy": HSDP(), "parallel": Parallel(dp_replicate=2, dp_shard=2)}),
+    "fsdp-tp": (4, {"strategy": FSDP(), "parallel": Parallel(tp=2)}),
+    "fsdp-pp": (4, {"strategy": FSDP(), "parallel": Parallel(pp=2)}),
+}
+
+
+@pytest.mark.parametrize("layout", [*MODEL_PARALLEL][:2] + [pytest.param(name, marks=pytest.mark.slow) for name in [*MODEL_PARALLEL][2:]])
+def test_model_parallel_layouts_equal_one_process(layout):
+    """Where a matrix is split by rows, by columns or both, or lies on another stage; float64, clipping by row, element and norm, too."""
+    ranks, sections = MODEL_PARALLEL[layout]
+    names = (
+        [name for name in LIBRARY if name != "adamw_offload"] if ranks == 4 else ["adamw", "adafactor", "muon", "shampoo", "soap", "came"]
+    )
+
+    def cfg(name, **sections):
+        made = cfg_of(name, "64-true", **sections)
+        return replace(made, trainer=replace(made.trainer, clip_adaptive=0.05, clip_value=0.01))
+
     def body():
+        return {name: train(cfg(name, **sections), BATCHES[:4], gpt()) for name in names}
+
+    found = run(body, ranks)[0]
+    for name in names:
+        losses, weights = train(cfg(name, strategy=Single()), BATCHES[:4], gpt())
+        bound = 1e-7 if name == "soap" else 1e-10
+        assert found[name][0] == pytest.approx(losses, abs=bound), name
+        assert max(float((found[name][1][n] - w).abs().max()) for n, w in weights.items()) < bound * 10, name
+
+
+def test_refused_where_weights_are_sharded():
+    def body():
+        with pytest.raises(ConfigError, match=r"pytorch_optimizer.Prodigy updates a parameter by what it sees of the others.*strategy=ddp"):
+            train(config(optimizer=Optimizer("pytorch_optimizer.Prodigy", lr=1.0), strategy=FSDP()))
         with pytest.raises(ConfigError, match=r"memory.offload=params"):
             train(cfg_of("adamw_offload", "32-true", strategy=FSDP()))
 

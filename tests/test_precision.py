@@ -13,7 +13,7 @@ from reference import config
 from torch import nn
 
 from paratrain.api import setup
-from paratrain.config import DDP, FSDP, Fallback, Float8, LossScale, Precision, from_dict
+from paratrain.config import DDP, FSDP, Fallback, Float8, LossScale, Precision, Zero2, from_dict
 from paratrain.errors import ConfigError, UserError
 from paratrain.precision import LossScaler
 from paratrain.precision.monitor import LARGEST, Monitor
@@ -189,14 +189,16 @@ def test_compiled_blocks_move_as_a_whole(strategy):
     """The block leaves half and comes back again and again; its code is compiled for half and for float32, and not anew each time."""
 
     def body():
+        from torch._dynamo.utils import counters
+
         cfg = config(precision=half(Fallback("module", every=1, calm=2)), strategy=strategy, compile="aot_eager")
         engine = setup(Tower, squares, cfg)
-        torch._dynamo.utils.counters.clear()
+        counters.clear()
         losses, graphs, (hot,) = [], [], [b for b in engine.model.blocks if float(b.heat) > 1]
         for batch in batches(40):
             hot.heat.fill_(1e5 if engine.global_step % 8 < 3 else 1.0)
             losses.append(engine.train_step(engine.local(batch)).loss)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            graphs.append(counters["stats"]["unique_graphs"])
         return events(engine), losses, graphs, engine.fallback.half_fraction
 
     (happened, losses, graphs, _), (theirs, *_) = run(body, 2)
@@ -274,7 +276,8 @@ def test_underflow_raises_the_floor():
     assert 0 < metrics["precision/underflow"] <= 1
 
 
-def test_resume_replays_the_decisions(tmp_path):
+@pytest.mark.parametrize("strategy", [DDP(), FSDP()], ids=lambda s: s.name)
+def test_resume_replays_the_decisions(strategy, tmp_path):
     def grow(engine, data):
         seen = []
         for batch in data:
@@ -283,11 +286,11 @@ def test_resume_replays_the_decisions(tmp_path):
         return [(s.loss, s.grad_norm, s.loss_scale, s.skipped) for s in seen]
 
     def body():
-        cfg = config(precision=half(max=1024.0, growth_interval=3))
+        cfg = config(precision=half(max=1024.0, growth_interval=3), strategy=strategy)
         data = batches(40)
         whole = setup(seeded_hot, squares, cfg)
         expected = grow(whole, data)
-        for cut in (8, 9, 10, 21):
+        for cut in (8, 9, 10, 21) if strategy.name == "ddp" else (9,):
             first = setup(seeded_hot, squares, cfg)
             grow(first, data[:cut])
             first.save(tmp_path / f"at-{cut}")
@@ -318,6 +321,11 @@ def test_impossible_combinations_are_refused():
         from_dict({"precision": {"name": "bf16-mixed", "fallback": {"policy": "module", "low": 0.9}}})
     assert "precision.fallback.policy: module, but precision.name=bf16-mixed has float32's range" in str(caught.value)
     assert "precision.fallback.low: must be below high=0.5" in str(caught.value)
+    half = {"name": "16-mixed", "loss_scale": {}, "fallback": {"policy": "module"}}
+    with pytest.raises(ConfigError, match=r"needs? weights in float32, which strategy.param_dtype=compute does not gather; write master"):
+        from_dict({"precision": half, "strategy": {"name": "fsdp", "param_dtype": "compute"}})
+    with pytest.raises(ConfigError, match=r"precision.fallback.policy: stages of a pipeline have other modules each"):
+        from_dict({"precision": half, "parallel": {"pp": 2}})
 
 
 @pytest.mark.slow
@@ -375,6 +383,38 @@ def test_float8_follows_bfloat16(recipe):
         (together, found), _ = run(body, 2, Float8(recipe, emulate=True), strategy)
         assert together == pytest.approx(alone, rel=0.02)
         assert [kind.removeprefix("FSDP") for kind in found.values()] == list(kinds.values())
+
+
+def test_float8_weights_travel_in_float8(tmp_path):
+    """To the same bits as if they were gathered in float32 and rounded then; a checkpoint holds float32 and loads either way."""
+    pytest.importorskip("torchao")
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(16, 32, generator=generator), torch.randn(16, 3, generator=generator)) for _ in range(5)]
+
+    def body():
+        engines, kinds = [], set()
+        for strategy in (FSDP(), Zero2()):
+            for gathers in (False, True):
+                fp8 = Float8(emulate=True, all_gather=gathers)
+                engines.append(setup(seeded_two, squares, config(2, precision=Precision("bf16-mixed", fp8=fp8), strategy=strategy)))
+        engines[1].model.a.register_forward_pre_hook(lambda module, args: kinds.add(type(module.weight).__name__))
+        losses = [[s.loss for s in steps(engine, data)] for engine in engines]
+        engines[1].save(tmp_path / "saved")
+        engines[0].load(tmp_path / "saved")
+        one, other = engines[0].full_state_dict(), engines[1].full_state_dict()
+        same = all(torch.equal(one[name], other[name]) and other[name].dtype is torch.float32 for name in one)
+        return losses, kinds, same
+
+    (fsdp, sent, zero2, sent2), kinds, same = run(body, 2)[0]
+    assert fsdp == sent
+    assert zero2 == sent2
+    assert kinds == {"Float8TrainingTensor"}
+    assert same
+    fp8 = {"recipe": "rowwise", "all_gather": True, "emulate": True}
+    with pytest.raises(ConfigError) as caught:
+        from_dict({"precision": {"name": "bf16-mixed", "fp8": fp8}, "strategy": {"name": "ddp"}})
+    assert "precision.fp8.all_gather: one scale has to fit the whole weight, but precision.fp8.recipe=rowwise" in str(caught.value)
+    assert "precision.fp8.all_gather: gathers float8 weights, which sharded strategies do" in str(caught.value)
 
 
 def test_float8_is_chosen_by_name_and_refused_with_a_reason():

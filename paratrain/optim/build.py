@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from paratrain.build import locate
 from paratrain.config import Optimizer as OptimizerConfig
 from paratrain.errors import ConfigError
-from paratrain.optim.gathered import gathered, needs_gathering
+from paratrain.optim.gathered import gathered, needs_gathering, takes_one_at_a_time
 
 
 def build(options: OptimizerConfig, model: nn.Module, elsewhere: Collection[str] = ()) -> list[torch.optim.Optimizer]:
@@ -125,18 +125,23 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
     for group in groups:
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
-    if needs_gathering(cls, [param for group in groups for param in group["params"]]):
-        cls = gathered(cls)
     try:
-        for group in groups:  # torch checks what its constructor is given, not what groups say
-            cls(
-                [nn.Parameter(torch.zeros(2, 2))], **{name: value for name, value in group.items() if name in accepted and name != "params"}
-            )
+        given = [{name: value for name, value in group.items() if name in accepted and name != "params"} for group in groups]
+        for settings in given:  # torch checks what its constructor is given, not what groups say
+            cls([nn.Parameter(torch.zeros(2, 2))], **settings)
+        if needs_gathering(cls, [param for group in groups for param in group["params"]]):
+            if not all(takes_one_at_a_time(cls, settings) for settings in given):
+                problems.append(
+                    f"optimizer._target_: {target} updates a parameter by what it sees of the others, or at random, which cannot be done to split "
+                    "weights, gathered one at a time; write strategy=ddp without parallel.tp, or another optimizer"
+                )
+                return None
+            cls = gathered(cls)
         optimizer = cls(groups, **kwargs)
         for name in sorted({name for group in groups for name in group} - optimizer.defaults.keys() - {"params", "param_names", *accepted}):
             problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(optimizer.defaults)})")
         return optimizer
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         problems.append(f"optimizer: {target} refused its arguments: {error}")
         return None
 

@@ -74,7 +74,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             if any(isinstance(param, DTensor) for param in group["params"]):
-                raise ValueError("the weights are sharded; write optimizer=adamw memory.offload=params, which keeps them on the host")
+                raise ValueError(
+                    "the weights are sharded (precision.accumulate_dtype=fp32 keeps replicas so, too); write optimizer=adamw memory.offload=params, which keeps them on the host"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:

@@ -217,7 +217,7 @@ def _refuse_mixed_dtypes(groups: Sequence[tuple[str, nn.Module]]) -> None:
             raise UserError(
                 f"model: sharding reduces the gradients of {group} as one buffer, and its parameters differ in dtype: {found}; keep complex "
                 "weights as real ones with a last dim of 2 (torch.view_as_complex in forward), put them into modules of their own and name "
-                "those in memory.blocks, or write strategy=ddp"
+                "those in memory.blocks, or write strategy=ddp (and precision.accumulate_dtype=grad)"
             )
 
 

@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from paratrain.compat import replace_local
 from paratrain.config import Float8
 from paratrain.errors import ConfigError, UserError
 
@@ -53,6 +55,19 @@ def convert(model: nn.Module, options: Float8 | None, device: torch.device) -> N
     config = Float8LinearConfig.from_recipe_name(options.recipe)
     object.__setattr__(config, "emulate", options.emulate)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in chosen - odd)
+
+
+def gather_in_float8(model: nn.Module, options: Float8 | None) -> None:
+    """Make `fully_shard` send the weights of float8 layers in float8, rounded by a scale that all ranks agree on: that of the whole weight."""
+    if options is None or not options.all_gather:
+        return
+    from torchao.float8.float8_linear import Float8Linear
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    for module in model.modules():
+        if isinstance(module, Float8Linear) and isinstance(module.weight, DTensor):
+            dtype = module.config.cast_config_weight.target_dtype
+            replace_local(module.weight, lambda local: WeightWithDynamicFloat8CastTensor(local, module.linear_mm_config, dtype))  # noqa: B023
 
 
 def _check_device(options: Float8, device: torch.device) -> None:
