@@ -1,4 +1,4 @@
-"""Tables of the README: benchmarks from benchmarks/results/*.json, choices from conf/, pages from docs/, so that none can drift.
+"""Tables of the README and of docs/: benchmarks from benchmarks/results/*.json, choices from conf/, pages from docs/, so that none can drift.
 
 python docs/tables.py          write them between their markers, <!-- table NAME --> and <!-- end -->
 python docs/tables.py --check  exit with 1 where they differ
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,12 +45,51 @@ def recovery(rows: dict) -> list[list[str]]:
     return [*table, ["SIGKILL of a rank to the next training step, restarted by torchrun", killed]]
 
 
+def overflow(rows: dict) -> list[list[str]]:
+    def ended(row: dict) -> str:
+        if row["loss"] is None:
+            return f"stops at step {row['steps']}: every step overflows" if row["steps"] < 200 else "never takes a step: all overflow"
+        return f"{row['loss']:.4f} ({row['loss'] / exact - 1:+.2%})"
+
+    def rest(row: dict) -> str:
+        words = [f"{row['moved']:.0%} of the modules left half"] if "moved" in row else []
+        words += [f"{row['skipped']} steps skipped"] if row["skipped"] and row["loss"] else []
+        return ", ".join(words + ([f"computes in {row['computed in']}, without a word"] if row.get("computed in") == "float32" else []))
+
+    exact = rows["paratrain, fp32"]["loss"]
+    return [["", "mean loss of the last 20 of 200 steps", ""], *([name, ended(row), rest(row)] for name, row in rows.items())]
+
+
+def optimizers(rows: dict) -> list[list[str]]:
+    """Largest difference of a weight from one process."""
+    layouts = list(dict.fromkeys(layout for row in rows.values() for layout in row["differences"]))
+
+    def cell(value: float | str | None) -> str:
+        return "refused" if isinstance(value, str) else "" if value is None else f"{value:.0e}"
+
+    body = [[name, *(cell(row["differences"].get(layout)) for layout in layouts)] for name, row in rows.items() if not _absent(row)]
+    return [["`optimizer=`", *layouts], *body]
+
+
+def optimizer_states(rows: dict) -> list[list[str]]:
+    body = [[name, f"`{row['class']}`", "not installed here" if _absent(row) else f"{row['state']:.2f}"] for name, row in rows.items()]
+    return [["`optimizer=`", "class", "state, bytes a parameter"], *body]
+
+
+def _absent(row: dict) -> bool:
+    return isinstance(row["state"], str)
+
+
 TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     "exactness": exactness,
     "overhead": overhead,
     "import_time": import_time,
     "recovery": recovery,
+    "overflow": overflow,
+    "optimizers": optimizers,
+    "optimizer_states": optimizer_states,
 }
+RESULT_OF = {"optimizer_states": "optimizers"}  # tables of a result of another name
 
 
 def gpu() -> str:
@@ -88,9 +127,10 @@ def render(name: str) -> str:
     """What stands between the markers of `name`: a benchmark's result with its machine and note, or what a function of that name makes."""
     if name in OTHERS:
         return OTHERS[name]()
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+    source_name = RESULT_OF.get(name, name)
+    result = json.loads((RESULTS / f"{source_name}.json").read_text())
     head, *body = TABLES[name](result["rows"])
-    source = f"[`benchmarks/{name}.py`](benchmarks/{name}.py): {result['note']}. {result['machine']}."
+    source = f"[`benchmarks/{source_name}.py`](benchmarks/{source_name}.py): {result['note']}. {result['machine']}."
     return "\n".join([_table(head, body), "", source, ""])
 
 
@@ -111,17 +151,20 @@ def _mfu(row: dict) -> str:
 OTHERS: dict[str, Callable[[], str]] = {"gpu": gpu, "choices": choices, "pages": pages}
 
 
-def rewritten(text: str) -> str:
+def rewritten(page: Path) -> str:
     """A page with every marked table as it is measured."""
-    return MARKED.sub(lambda match: f"{match[1]}{render(match[2])}{match[3]}", text)
+    link = "](" if page.parent == ROOT else "](../"
+    return MARKED.sub(
+        lambda match: f"{match[1]}{render(match[2]).replace('](benchmarks/', f'{link}benchmarks/')}{match[3]}", page.read_text()
+    )
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text()
-    new = rewritten(text)
+    texts = {page: rewritten(page) for page in PAGES}
     if "--check" in arguments:
-        return int(new != text)
-    README.write_text(new)
+        return int(any(page.read_text() != text for page, text in texts.items()))
+    for page, text in texts.items():
+        page.write_text(text)
     return 0
 
 

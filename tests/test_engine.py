@@ -489,3 +489,14 @@ def test_engines_of_one_layout_share_their_process_groups():
 
     for first, *others in run(body, 2):
         assert others == [first] * 2
+
+
+def test_embeddings_that_rescale_their_weights_are_refused_on_several_ranks():
+    """Each rank would rescale the rows of its own samples, and the replicas would train apart."""
+
+    def body():
+        with pytest.raises(UserError, match=r"model: 0 rescales its weights in forward \(max_norm\).*build it with max_norm=None"):
+            setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), mse, config())
+
+    run(body, 2)
+    setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), mse, config())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 from reference import Tiny, config, token_batches, token_loss
 from sharding_zoo import gpt
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from paratrain import optim
 from paratrain.api import setup
@@ -222,6 +224,41 @@ def test_stochastic_rounding_keeps_what_rounding_loses():
 
     assert moved(False) == 0.0
     assert moved(True) == pytest.approx(1.0, abs=0.1)
+
+
+def test_stochastic_rounding_is_unbiased_and_the_same_however_weights_are_split():
+    value = torch.linspace(1, 2, 4097)[:-1].repeat(64, 1)
+    up = low_bit.stochastic_round(value, low_bit.random_bits(value, 7)).float()
+    assert set((up - value.bfloat16().float()).abs().unique().tolist()) <= {0.0, 2.0**-7}
+    error = (up.mean(0) - value[0]) / 2.0**-7  # of a mean of 64 draws, in spacings: standard deviation at most 1 / 16
+    assert float(error.abs().max()) < 5 / 16
+    assert abs(float(error.mean())) < 5 / 16 / 4096**0.5
+    assert float(torch.corrcoef((up - value)[:2])[0, 1].abs()) < 0.1, "rows draw for themselves"
+
+    def body():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        from paratrain import distributed
+
+        distributed.init(torch.device("cpu"), timedelta(seconds=60))
+        mesh = init_device_mesh("cpu", (2, 2))
+        torch.manual_seed(0)
+        start, grads = torch.randn(7, 6, 5).bfloat16(), [torch.randn(7, 6, 5).bfloat16() for _ in range(4)]
+        results = []
+        for placements in (None, (Replicate(), Shard(0)), (Shard(1), Replicate()), (Shard(0), Shard(2)), (Replicate(), Replicate())):
+            place = (lambda x: x) if placements is None else (lambda x, p=placements: distribute_tensor(x, mesh, p))
+            weight = nn.Parameter(place(start.clone()))
+            optimizer = optim.LowBitAdamW([weight], lr=1e-3, bits=32, stochastic_rounding=True)
+            for grad in grads:
+                weight.grad = place(grad.clone())
+                optimizer.step()
+            results.append(matrix.whole(weight.detach()))
+        return results
+
+    for first, *others in run(body, 4):
+        for other in others:
+            assert torch.equal(first, other)
 
 
 def test_sgd_updates_16_bit_weights():

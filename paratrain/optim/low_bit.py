@@ -6,6 +6,7 @@ computes exactly what one process does. Vectors and small parameters keep their 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Shard
+
+from paratrain.compat import local_box
 
 SMALLEST = 4096  # elements below which quantising saves nothing worth its error (Dettmers et al. 2022)
 
@@ -55,15 +58,14 @@ class LowBitAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        position = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                position += 1
+        for number, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    self._update(param, self.state[param], group, position)
+                    names = group.get("param_names")
+                    self._update(param, self.state[param], group, names[position] if names else f"{number}.{position}")
         return loss
 
-    def _update(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any], position: int) -> None:
+    def _update(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any], name: str) -> None:
         weight, grad = _local(param), _local(param.grad)
         wide = torch.promote_types(weight.dtype, torch.float32)
         bits = group["bits"] if _quantised(param) else 32
@@ -86,15 +88,31 @@ class LowBitAdamW(torch.optim.Optimizer):
         first, second = moments[0] / (1 - beta1 ** state["step"]), moments[1] / (1 - beta2 ** state["step"])
         value = weight.to(wide) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * first / (second.sqrt() + group["eps"])
         if self.rounding and weight.dtype is torch.bfloat16:
-            seed = (state["step"] * 1_000_003 + position) * 4096 + (param.device_mesh.get_rank() if isinstance(param, DTensor) else 0)
-            value = stochastic_round(value, torch.Generator(weight.device).manual_seed(seed))
+            value = stochastic_round(value, random_bits(param, zlib.crc32(f"{name} {state['step']}".encode())))
         weight.copy_(value)
 
 
-def stochastic_round(value: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """float32 -> bfloat16, up or down with probabilities such that the expected value is `value` (Zamirai et al. 2021)."""
+def random_bits(param: torch.Tensor, seed: int) -> torch.Tensor:
+    """16 random bits for each element that this rank holds of `param`, int32: a hash of (seed, index in the whole), so that they are the
+    same however it is sharded (SplitMix64, Steele et al. 2014)."""
+    sizes, offsets = (
+        local_box(param.shape, param.device_mesh, param.placements) if isinstance(param, DTensor) else (param.shape, [0] * param.ndim)
+    )
+    mixed = torch.full((), seed * 0x2545F491 & (1 << 62) - 1, dtype=torch.int64, device=_local(param).device)
+    for size, offset, whole in zip(sizes, offsets, param.shape, strict=True):
+        mixed = mixed.unsqueeze(-1) * whole + torch.arange(offset, offset + size, device=mixed.device)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((mixed >> 40) & 0xFFFF).to(torch.int32)
+
+
+def stochastic_round(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """float32 -> bfloat16, up or down with probabilities such that the expected value is `value` (Zamirai et al. 2021).
+
+    Args:
+        noise: 16 random bits for each element, int32.
+    """
     bits = value.view(torch.int32)
-    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
     return torch.where(value.isfinite(), (bits + noise) & -65536, bits).view(torch.float32).bfloat16()
 
 
