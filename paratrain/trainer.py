@@ -404,6 +404,11 @@ class Trainer:
             if self.cfg.trainer.nonfinite == "rollback":
                 return step
             if self._skipped > bad_batches.MOST_SKIPPED_IN_A_ROW:
+                if self.engine.scaler.enabled:
+                    raise UserError(
+                        f"step {step}: {self._skipped} steps in a row had a loss that is not finite, which no loss scale mends: activations leave the "
+                        "range of float16; move what overflows to float32 (precision.fallback.policy=module) or write precision=bf16"
+                    )
                 raise UserError(
                     f"step {step}: {self._skipped} steps in a row had a loss or gradient that is not finite (trainer.nonfinite=skip); "
                     f"it is not the batches. Their samples are in {bad_batches.FILE_NAME}; lower optimizer.lr or go back to an earlier checkpoint"

@@ -496,7 +496,7 @@ def test_embeddings_that_rescale_their_weights_are_refused_on_several_ranks():
 
     def body():
         with pytest.raises(UserError, match=r"model: 0 rescales its weights in forward \(max_norm\).*build it with max_norm=None"):
-            setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), mse, config())
+            setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), token_loss, config())
 
     run(body, 2)
-    setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), mse, config())
+    setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), token_loss, config())
