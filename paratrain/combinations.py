@@ -192,6 +192,8 @@ def _update_in_backward(cfg: Config) -> Faults:
 
 def _noise_scale(cfg: Config) -> Faults:
     """Where no rank has the whole gradient of a micro-batch."""
+    options = cfg.trainer.noise_scale
+    assert options is not None
     reasons: dict[str, str | bool] = {
         f"parallel.{axis}": getattr(cfg.parallel, axis) > 1 and f"parallel.{axis} shares a micro-batch out among ranks; write 1"
         for axis in ("tp", "cp", "pp")
@@ -201,8 +203,8 @@ def _noise_scale(cfg: Config) -> Faults:
     for key, reason in reasons.items():
         if reason:
             yield Fault("trainer.noise_scale", f"compares gradients of micro-batches, but {reason}, or trainer.noise_scale=null"), (key,)
-    if not cfg.trainer.noise_scale.decay < 1:
-        yield Fault("trainer.noise_scale.decay", f"is the weight of the past, so below 1; got {cfg.trainer.noise_scale.decay:g}"), ()
+    if not options.decay < 1:
+        yield Fault("trainer.noise_scale.decay", f"is the weight of the past, so below 1; got {options.decay:g}"), ()
 
 
 def _foreign(cfg: Config) -> Faults:
