@@ -93,12 +93,12 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     panels = (("train/loss", "loss"), ("train/loss_scale", "loss scale"), ("precision/half_modules", "fraction of modules in half"))
     for axis, (key, label) in zip(axes, panels, strict=True):
         for number, (name, lines) in enumerate(runs.items()):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, color=f"C{number}")
+            points = [line for line in lines if line.get(key) is not None]
+            curve = name if points or key != "train/loss" else f"{name}: no step has a finite loss"
+            axis.plot([line["step"] for line in points], [line[key] for line in points], label=curve, color=f"C{number}")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[1].legend()
+    axes[0].legend()
     axes[1].set_yscale("log", base=2)
     axes[2].set_ylim(0, 1.05)
     axes[2].set_xlabel("step")
