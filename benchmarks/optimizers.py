@@ -105,7 +105,7 @@ def differences(names: list[str]) -> dict[str, dict[str, float | str]]:
     for layout, (ranks, sections) in LAYOUTS.items():
         if layout in NEEDS and importlib.util.find_spec(NEEDS[layout]) is None:
             continue
-        results = run(lambda: {name: train(configuration(name, layout, **sections)) for name in names}, ranks, timeout=1200)[0]  # noqa: B023 - called at once
+        results = run(lambda: {name: train(configuration(name, layout, **sections)) for name in names}, ranks, timeout=2400)[0]  # noqa: B023 - called at once
         for name, result in results.items():
             expected = alone[name, precision_of(name, layout).name]
             if isinstance(expected, str) or isinstance(result, str):
