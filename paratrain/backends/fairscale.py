@@ -96,7 +96,18 @@ def build(
     device: torch.device,
     blueprint: nn.Module | None,
 ) -> Engine:
-    """The model under FairScale; arguments as of `Engine`."""
+    """The model under FairScale; arguments as of `Engine`.
+
+    Raises:
+        UserError: for an optimizer that evaluates other weights than it trains, which OSS does not pass on.
+    """
+    for optimizer in optimizers:
+        if hasattr(optimizer, "eval"):
+            name = cfg.strategy.name
+            raise UserError(
+                f"optimizer._target_={type(optimizer).__name__}: strategy={name} would evaluate and export the weights that it trains, not their "
+                f"average; write strategy={_NATIVE[name]}"
+            )
     return FairScaleEngine(planned.model, loss_fn, [_sharded(optimizer, mesh) for optimizer in optimizers], mesh, cfg, device, blueprint)
 
 
