@@ -196,7 +196,7 @@ def _noise_scale(cfg: Config) -> Faults:
     assert options is not None
     reasons: dict[str, str | bool] = {
         f"parallel.{axis}": getattr(cfg.parallel, axis) > 1 and f"parallel.{axis} shares a micro-batch out among ranks; write 1"
-        for axis in ("tp", "cp", "pp")
+        for axis in ("tp", "cp", "pp", "ep")
     }
     reasons["strategy"] = isinstance(cfg.strategy, Foreign) and f"strategy={cfg.strategy.name} reduces gradients by itself; write fsdp"
     reasons["trainer.update_in_backward"] = cfg.trainer.update_in_backward and "trainer.update_in_backward frees gradients; write false"
@@ -291,6 +291,8 @@ def _precision(cfg: Config) -> Faults:
             yield Fault("precision.fallback.policy", reason), ("precision.name",)
         if cfg.parallel.pp > 1:
             yield Fault("precision.fallback.policy", "stages of a pipeline have other modules each; write parallel.pp=1"), ("parallel.pp",)
+        if cfg.parallel.ep > 1:
+            yield Fault("precision.fallback.policy", "ranks of ep have other experts each; write parallel.ep=1"), ("parallel.ep",)
         if fallback.policy != "monitor" and isinstance(cfg.strategy, Sharded) and cfg.strategy.param_dtype == "compute":
             reason = "modules that leave half need weights in float32, which strategy.param_dtype=compute does not gather; write master"
             yield Fault("precision.fallback.policy", reason), ("strategy.param_dtype",)
@@ -322,6 +324,7 @@ def _accumulate(cfg: Config) -> Faults:
         "strategy.comm_hook": isinstance(strategy, DDP)
         and strategy.comm_hook != "none"
         and "hooks want gradients of the weights' dtype; write none",
+        "parallel.ep": cfg.parallel.ep > 1 and "experts are reduced by themselves, which was not tried with it; write parallel.ep=1",
         "trainer.update_in_backward": cfg.trainer.update_in_backward and "there is one micro-batch a step, and nothing to add to",
     }
     for key, reason in reasons.items():

@@ -556,7 +556,7 @@ def test_the_errors_that_the_page_quotes():
 @needs("fairscale")
 def test_fairscale_refuses_optimizers_that_evaluate_an_average():
     averaging = Optimizer("pytorch_optimizer.ScheduleFreeAdamW", lr=1e-3)
-    with pytest.raises(UserError, match="ScheduleFreeAdamW: strategy=fairscale_oss would evaluate .*; write strategy=zero1"):
+    with pytest.raises(UserError, match=r"ScheduleFreeAdamW: strategy=fairscale_oss would evaluate .*; write strategy=zero1"):
         setup(build, token_loss, replace(cfg_of(FairScaleOSS()), optimizer=averaging))
 
 

@@ -324,6 +324,8 @@ def test_impossible_combinations_are_refused():
     half = {"name": "16-mixed", "loss_scale": {}, "fallback": {"policy": "module"}}
     with pytest.raises(ConfigError, match=r"needs? weights in float32, which strategy.param_dtype=compute does not gather; write master"):
         from_dict({"precision": half, "strategy": {"name": "fsdp", "param_dtype": "compute"}})
+    with pytest.raises(ConfigError, match=r"precision.fallback.policy: ranks of ep have other experts each"):
+        from_dict({"precision": half, "parallel": {"ep": 2}})
     with pytest.raises(ConfigError, match=r"precision.fallback.policy: stages of a pipeline have other modules each"):
         from_dict({"precision": half, "parallel": {"pp": 2}})
 
