@@ -77,7 +77,8 @@ def has_gradient_hooks(param: torch.Tensor) -> bool:
 
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether it shares its memory with a tensor that autograd knows; changing one in place changes both."""
-    return tensor._is_view()
+    with torch._C.DisableTorchFunctionSubclass():  # a question, not an operation that a subclass would compute
+        return tensor._is_view()
 
 
 def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:

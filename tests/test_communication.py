@@ -37,16 +37,17 @@ def weights(shards=1):
 
 
 def measured(ranks, cases, tied=False):
-    """What rank 0 communicates in the second step of each configuration: {(axis, operation): (count, bytes)}."""
+    """What rank 0 communicates in a step of each configuration, after those that compare the order of blocks: {(axis, operation): (count, bytes)}."""
 
     def body():
         found = []
         for cfg in cases:
             engine = setup(lambda: gpt(tied), token_loss, cfg)
-            first, second = batches(2, SAMPLES)
-            engine.train_step(engine.local(first))
+            *first, last = batches(4, SAMPLES)
+            for batch in first:
+                engine.train_step(engine.local(batch))
             with Communication(engine.mesh) as seen:
-                engine.train_step(engine.local(second))
+                engine.train_step(engine.local(last))
             found.append({key: (amount.count, amount.bytes) for key, amount in seen.amounts.items()})
         return found
 
@@ -54,6 +55,7 @@ def measured(ranks, cases, tied=False):
 
 
 LOSS = 2 * WIDTH  # a sum and a count
+ORDER = 2 * WIDTH  # a digest of the order of blocks, and its square
 
 
 def of_sharding(axis, gathers, reductions, shards=2):
@@ -64,7 +66,7 @@ def of_sharding(axis, gathers, reductions, shards=2):
     return {
         (axis, "all_gather"): gathered[::-1],
         (axis, "reduce_scatter"): (reductions * (LAYERS + 1), reductions * total),
-        (axis, "all_reduce"): (2, LOSS + count * WIDTH + WIDTH),  # which weights were used goes with the loss; then the norm
+        (axis, "all_reduce"): (2, LOSS + ORDER + count * WIDTH + WIDTH),  # which weights were used goes with the loss; then the norm
     }
 
 
@@ -142,13 +144,13 @@ def test_products_of_axes():
     total, _, count = weights(2)
     inside = of_sharding("dp_shard", 1.5, 1) | {("dp_shard", "all_reduce"): (1, WIDTH)}  # the norm
     across = {("dp_replicate", "all_reduce"): (LAYERS + 1, total // 2)}  # of what each shard rank has after its reduction
-    assert hsdp == inside | across | {("dp_replicate x dp_shard", "all_reduce"): (1, LOSS + count * WIDTH)}
+    assert hsdp == inside | across | {("dp_replicate x dp_shard", "all_reduce"): (1, LOSS + ORDER + count * WIDTH)}
 
     ((key, (number, size)),) = of_tensor_parallelism(False).items()
     assert ddp_tp[key] == (number, (size - 2 * WIDTH) // 2 + 2 * WIDTH), "half of the samples; the norm's numbers are as many"
     halves = sum(p.numel() * WIDTH // 2 for name, p in gpt().named_parameters() if p.ndim == 2 and name.startswith("blocks"))
     halves += 2 * (VOCAB // 2) * DIM * WIDTH  # of embedding and head, rank 0 holds the larger part
-    assert ddp_tp["dp_replicate", "all_reduce"] == (LAYERS + 2, weights()[0] - halves + LOSS + count * WIDTH)
+    assert ddp_tp["dp_replicate", "all_reduce"] == (LAYERS + 2, weights()[0] - halves + LOSS + ORDER + count * WIDTH)
 
     assert cp_tp["cp", "all_to_all"] == (8 * LAYERS, 8 * LAYERS * ACTIVATIONS // 2 // 2), "a rank exchanges its heads"
     assert cp_tp["tp", "all_reduce"] == (number, (size - 2 * WIDTH) // 2 + 2 * WIDTH), "a rank sums its positions"

@@ -37,7 +37,7 @@ def test_a_disk_that_fills_up_in_a_save(strategy, tmp_path, undisturbed):
     assert attempts(run) == [0]
     assert "No space left on device" in text or "GiB free" in text
     failed = re.findall(r"cannot save checkpoint \S+/step-0000(\d\d):", text)
-    assert failed[0] == "05"
+    assert failed[0] in ("04", "05")  # saves are written beside the steps: step 4's may still be on its way when step 5 ends
     assert "training goes on; failed saves in a row: 1 of 20" in text
     assert [step for step, _ in checkpoint.steps(run / "checkpoints")] == [10, 11, 12]
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
