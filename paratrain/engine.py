@@ -17,19 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from paratrain import batch as batches
 from paratrain import gradients, rng
 from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
-from paratrain.faults import memory
+from paratrain.faults import memory, nonfinite
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count, named
 from paratrain.mesh import Mesh
 from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
+from paratrain.named_losses import NamedLosses
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
 from paratrain.optim.in_backward import UpdateInBackward
@@ -39,17 +39,8 @@ from paratrain.parallel.compile import compiled
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
-from paratrain.result import Scalar, StepResult, on_device
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient is not finite.
-
-    Attributes:
-        step: number of its batch in the data order, from 0.
-    """
-
-    step = 0
+from paratrain.result import Scalar, StepResult
+from paratrain.totals import Totals, or_one
 
 
 class Engine:
@@ -93,21 +84,22 @@ class Engine:
         self.fallback = Fallback(cfg.precision.fallback, self.model, self.scaler, device, codes) if watched else None
         self.noise_scale = NoiseScale(cfg.trainer.noise_scale, self.model, device) if cfg.trainer.noise_scale else None
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        self._slots = self._slots_of_params()
+        self._totals = Totals(mesh, layout, self._params, self._names(), device)
+        over_data = partial(self._totals.over_ranks, over=mesh.weights)
+        self._losses = NamedLosses(cfg.trainer.loss_weights or {}, self._totals.scalar, over_data)
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
         self._in_backward = UpdateInBackward(optimizers) if cfg.trainer.update_in_backward else None
         size = cfg.data.micro_batch_size
         self.micro_batch_size: int | None = 1 if size == "auto" else size
-        self._auto = AutoMicroBatch(self._rehearse, self._largest_of_data_ranks, self._none_fits) if size == "auto" else None
+        self._auto = (
+            AutoMicroBatch(self._rehearse, partial(self._totals.largest, over=mesh.data), self._none_fits) if size == "auto" else None
+        )
         self._unit: float | None = None
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
         self._window: tuple[Scalar, Scalar] | None = None  # (sum, count) of the losses since the last step, on this rank
-        self._weights = cfg.trainer.loss_weights or {}
-        self._named: list[Scalar] = [0.0] * (2 * len(self._weights))  # likewise of each of several losses
-        self._micro_batches_in_step: int | None = None  # of a rank; None in a loop of the user's own
         self._votes: tuple[float, ...] = ()
         self._reduced: tuple[list[Scalar], Scalar] | None = None  # totals over ranks and the gradient norm, once known
         self._inside_backward = False
@@ -140,7 +132,8 @@ class Engine:
         if self._auto is not None:
             self.micro_batch_size = self._auto.fit(batches.as_local(batch))
         micro = self._micro_batches(batch)
-        self._votes, self._micro_batches_in_step = tuple(votes), len(micro)
+        self._votes = tuple(votes)
+        self._losses.begin(len(micro))
         with rng.preserved(self.device):
             if self._layout.pipeline is not None:
                 self._train_stages(self._layout.pipeline, micro)
@@ -167,14 +160,14 @@ class Engine:
                     window = self._evaluate_stages(self._layout.pipeline, micro)
                     micro = []
                 for inputs, targets, real in micro:
-                    window = self._add(window, *self._loss(self.model, inputs, targets, real))
+                    window = self._totals.add(window, *self._loss(self.model, inputs, targets, real))
         finally:
             self._layout.settle()
             for module, mode in modes:
                 module.training = mode
-        totals = self._weighed(self._sum_over_ranks((*window, *self._named)))
-        self._named = [0.0] * len(self._named)
-        return StepResult(totals, math.nan, self.lr, self.scaler.scale, False, tuple(self._weights))
+        totals = self._losses.weighed(self._totals.over_ranks((*window, *self._losses.sums)))
+        self._losses.begin()
+        return StepResult(totals, math.nan, self.lr, self.scaler.scale, False, tuple(self._losses.weights))
 
     # ------------------------------------------------------------------ steps in the user's hands
 
@@ -218,11 +211,11 @@ class Engine:
         self._layout.reduce(self._params)
         totals, parts = self._sum_totals()
         grads = [param.grad for param in self._params if param.grad is not None]
-        factor = self._unit / self.scaler.scale / _or_one(totals[1])
+        factor = self._unit / self.scaler.scale / or_one(totals[1])
         if self._layout.pipeline is None:
-            norm = self._scalar(self._total_norm(grads)) * factor
+            norm = self._totals.scalar(self._total_norm(grads)) * factor
         else:
-            norm = self._scalar(self._layout.pipeline.norm(self._params, self.device)) * factor
+            norm = self._totals.scalar(self._layout.pipeline.norm(self._params, self.device)) * factor
         if max_norm is not None:
             factor = factor * _at_most(max_norm / (norm + 1e-6), 1.0)
         gradients.scale(grads, factor)
@@ -244,7 +237,7 @@ class Engine:
         skipped = ((tolerant or self.scaler.enabled) and not math.isfinite(float(norm))) or (
             tolerant and not math.isfinite(float(totals[0]))
         )
-        result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped, tuple(self._weights))
+        result = StepResult(totals, norm, self.lr, self.scaler.scale, skipped, tuple(self._losses.weights))
         if not self.scaler.enabled and self.cfg.trainer.nonfinite == "raise":
             self._check_finite(result)
         if not skipped:
@@ -257,7 +250,8 @@ class Engine:
         for param in self._params:
             param.grad = None
         self._counted = self._counted + totals[1]
-        self._votes, self._micro_batches_in_step, self._named = (), None, [0.0] * len(self._named)
+        self._votes = ()
+        self._losses.begin()
         self.global_step += 1
         if self.noise_scale is not None:
             self.noise_scale.begin(self.global_step)
@@ -356,7 +350,7 @@ class Engine:
     def restore(self, counters: dict[str, Any]) -> None:
         """Go on from what `counters` returned."""
         self.global_step, self.updates = int(counters["global_step"]), int(counters["updates"])
-        self._counted, self._unit = self._scalar(counters["counted"]), counters["unit"]
+        self._counted, self._unit = self._totals.scalar(counters["counted"]), counters["unit"]
         set_numbers(self.optimizers, counters["optimizers"])
         if self.scaler.enabled:
             self.scaler.load_state_dict(counters["scaler"])
@@ -423,7 +417,7 @@ class Engine:
         with self._policy.autocast(self.device.type):
             outputs = self._policy.cast_outputs(outputs)
             if real == 0:
-                self._ratios([0] * len(self._weights))
+                self._losses.add_nothing()
                 return _weightless(outputs), 0
             loss = self._loss_fn(outputs, self._policy.cast_targets(batches.to_device(targets, self.device)))
             several = loss.values() if isinstance(loss, Mapping) else [loss]
@@ -431,45 +425,11 @@ class Engine:
             if any(isinstance(value, torch.Tensor) for value in several):  # means
                 count = batches.count(targets, real, self.cfg.trainer.loss_count)
                 if count == 0:
-                    self._ratios([0] * len(self._weights))
+                    self._losses.add_nothing()
                     return _weightless(outputs), 0
-            if self._weights:
-                return self._sum_of_losses(named(loss, self._weights, count))
+            if self._losses.weights:
+                return self._losses.add(named(loss, self._losses.weights, count))
             return as_sum_and_count(loss, count)
-
-    def _sum_of_losses(self, losses: Sequence[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
-        """(sum, count) of which the mean is that of several losses, each weighed and divided by its own count over the whole step.
-
-        The division comes after all backwards, by the count of the first; so each of the others is brought to that count before, which is
-        possible where it is the same count, or where one micro-batch a step lets the ranks add up theirs between forward and backward.
-        """
-        self._named = [had + self._scalar(new) for had, new in zip(self._named, (x for pair in losses for x in pair), strict=True)]
-        counts = [count for _, count in losses]
-        factors = zip(self._weights.values(), self._ratios(counts), strict=True)
-        return torch.stack([total * (weight * ratio) for (total, _), (weight, ratio) in zip(losses, factors, strict=True)]).sum(), counts[0]
-
-    def _ratios(self, counts: Sequence[Any]) -> list[Scalar]:
-        """The first of several counts over each of them, in the whole step; 1 in evaluation, which needs none."""
-        if not torch.is_grad_enabled():
-            return [1.0] * len(counts)
-        if counts and self._micro_batches_in_step == 1:
-            sums = self._sum_over_ranks([self._scalar(count) for count in counts], over=self.mesh.weights)
-            return [_or_one(sums[0]) / _or_one(one) for one in sums]
-        tensors = any(isinstance(count, torch.Tensor) for count in counts)
-        if any(count is not counts[0] and (tensors or count != counts[0]) for count in counts):
-            raise UserError(
-                f"trainer.loss_weights: {', '.join(self._weights)} have counts of their own, which a step of several micro-batches knows too late; "
-                "write data.micro_batch_size=null and a smaller data.global_batch, or return one count (the same object) with all of them"
-            )
-        return [1.0] * len(counts)
-
-    def _weighed(self, totals: list[Scalar]) -> list[Scalar]:
-        """Totals whose first is that of the weighed losses that follow it, if there are several."""
-        if not self._weights:
-            return totals
-        pairs = zip(self._weights.values(), totals[2::2], totals[3::2], strict=False)
-        mean: Scalar = sum((weight * total / _or_one(count) for weight, total, count in pairs), 0.0)
-        return [mean * _or_one(totals[1]), *totals[1:]]
 
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
@@ -526,7 +486,7 @@ class Engine:
 
         def finish(number: int, outputs: Any) -> None:
             nonlocal window
-            window = self._add(window, *self._measure(outputs, *micro[number][1:]))
+            window = self._totals.add(window, *self._measure(outputs, *micro[number][1:]))
 
         pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish)
         return window
@@ -543,7 +503,7 @@ class Engine:
         finally:
             self._inside_backward = False
         if self.noise_scale is not None:
-            self.noise_scale.end_part(self._scalar(count))
+            self.noise_scale.end_part(self._totals.scalar(count))
 
     def _to_differentiate(self, total: torch.Tensor, count: Any) -> torch.Tensor:
         """Count a micro-batch, and scale its loss to what backward starts from."""
@@ -551,7 +511,7 @@ class Engine:
             raise UserError(
                 "the loss does not depend on any trainable parameter: check that loss_fn uses the outputs and nothing detaches them"
             )
-        self._window = self._add(self._window or (0.0, 0.0), total, count)
+        self._window = self._totals.add(self._window or (0.0, 0.0), total, count)
         if self._unit is None:
             self._unit = self._agree_on_unit()
         return total * (self._layout.average * self.scaler.scale / self._unit)
@@ -563,7 +523,7 @@ class Engine:
         two rounds nothing, and the division by the true count makes up for it.
         """
         assert self._window is not None
-        count = float(self._sum_over_ranks(self._window, over=self.mesh.weights)[1])
+        count = float(self._totals.over_ranks(self._window, over=self.mesh.weights)[1])
         return 2.0 ** round(math.log2(max(count, 1.0)))
 
     def _update_in_backward(self, updates: UpdateInBackward, micro: list[tuple[Any, Any, int]]) -> None:
@@ -576,14 +536,14 @@ class Engine:
         (inputs, targets, real), *_ = micro
         rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self._weights_rank)
         total, count = self._loss(self._layout.run, inputs, targets, real)
-        self._window = self._add((0.0, 0.0), total, count)
-        totals = self._weighed(self._sum_over_ranks((*self._window, *self._named, *self._votes)))
-        self._layout.backward(total * (self._layout.average / _or_one(totals[1])))
+        self._window = self._totals.add((0.0, 0.0), total, count)
+        totals = self._losses.weighed(self._totals.over_ranks((*self._window, *self._losses.sums, *self._votes)))
+        self._layout.backward(total * (self._layout.average / or_one(totals[1])))
         self._layout.reduce(self._params)
         if self._layout.used is not None:
             self._layout.used.clear()
         rest = [param.grad for param in self._params if param.grad is not None]
-        self._reduced = totals, self._scalar(updates.norm(rest, self.device))
+        self._reduced = totals, self._totals.scalar(updates.norm(rest, self.device))
 
     def _rehearse(self, share: LocalBatch, size: int) -> bool:
         """Whether forward and backward of micro-batches of `size` samples fit in this rank's memory; afterwards all is as it was."""
@@ -603,7 +563,7 @@ class Engine:
             param.grad = None
         if self.noise_scale is not None:
             self.noise_scale.begin(self.global_step)
-        self._named = [0.0] * len(self._named)
+        self._losses.begin()
         if self._layout.used is not None:
             self._layout.used.clear()
         for buffer, value in buffers:
@@ -616,13 +576,6 @@ class Engine:
         total, _ = self._loss(self._layout.run, inputs, targets, real)
         if total.requires_grad:
             self._layout.backward(total)
-
-    def _largest_of_data_ranks(self, value: float) -> float:
-        if self._data_ranks == 1:
-            return value
-        vector = self._vector([value])
-        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._data_group)
-        return float(vector)
 
     def _none_fits(self) -> UserError:
         self.micro_batch_size = 1
@@ -641,74 +594,13 @@ class Engine:
             self._layout.experts.norm(self.model, self.device) if self._layout.experts.owners else gradients.total_norm(grads, self.device)
         )
 
-    def _scalar(self, value: torch.Tensor | float) -> Scalar:
-        if self.device.type == "cpu":
-            return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-        return on_device(value, self.device)
-
-    def _add(self, window: tuple[Scalar, Scalar], total: torch.Tensor, count: Any) -> tuple[Scalar, Scalar]:
-        return window[0] + self._scalar(total), window[1] + self._scalar(count)
-
-    def _sum_over_ranks(self, values: Sequence[Scalar], over: DeviceMesh | None = None) -> list[Scalar]:
-        """Each value summed over the ranks that hold parts of the loss, or those of `over`, in one collective."""
-        over = self.mesh.loss if over is None else over
-        if over.size() == 1:
-            return list(values)
-        return self._scalars(self._all_reduced(self._vector(values), over))
-
     def _sum_totals(self) -> tuple[list[Scalar], list[Scalar]]:
-        """Sums, counts and votes of this step over the ranks, and what its noise scale needs; a parameter that no data rank used has no
-        gradient afterwards.
-
-        Where gradients are sharded, one that some ranks did not use is reduced with zeros from them, so only the ranks together know.
-        """
+        """Sums, counts and votes of this step over the ranks, and what its noise scale needs; see `Totals.of_step`."""
         assert self._window is not None
         parts = self.noise_scale.totals(self._data_ranks) if self.noise_scale is not None else ()
-        own, used, order = (*self._window, *self._named, *self._votes, *parts), self._layout.used, self._layout.order
-        end = len(own) - len(parts)
-        if used is None:
-            totals = self._sum_over_ranks(own)
-            return self._weighed(totals[:end]), totals[end:]
-        slots, size = self._slots
-        here = [param in used for param in self._params]
-        used.clear()
-        digest = order.digest() if order else 0
-        marks = [digest, digest**2, *[0.0] * size]
-        for slot, mark in zip(slots, here, strict=True):
-            marks[slot + 2] = float(mark)
-        users = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
-        if self.mesh.loss is self.mesh.weights:
-            together = self._all_reduced(torch.cat((self._vector(own), users)), self.mesh.weights)
-            totals, users = self._scalars(together[: len(own)]), together[len(own) :]
-        else:
-            totals, users = self._sum_over_ranks(own), self._all_reduced(users, self.mesh.weights)
-        if not all(here) or self.device.type == "cpu":  # only then is there anything to wait for
-            total, squares, *counts = users.tolist()
-            if order:
-                order.check(total, squares)
-            for slot, param in zip(slots, self._params, strict=True):
-                if not counts[slot]:
-                    param.grad = None
-        return self._weighed(totals[:end]), totals[end:]
-
-    def _slots_of_params(self) -> tuple[list[int], int]:
-        """Where each parameter stands among those of all data ranks, and how many these are: ranks of ep may hold others by name."""
-        if not self._layout.experts.owners:
-            return list(range(len(self._params))), len(self._params)
-        position = {name: index for index, name in enumerate(self._layout.experts.forms)}
-        names = self._names()
-        return [position[names[param]] for param in self._params], len(position)
-
-    def _vector(self, values: Sequence[Scalar]) -> torch.Tensor:
-        return torch.stack([on_device(value, self.device) for value in values])
-
-    def _scalars(self, vector: torch.Tensor) -> list[Scalar]:
-        return vector.tolist() if self.device.type == "cpu" else list(vector)
-
-    def _all_reduced(self, vector: torch.Tensor, over: DeviceMesh) -> torch.Tensor:
-        if over.size() > 1:
-            dist.all_reduce(vector, group=over.get_group())
-        return vector
+        totals = self._totals.of_step((*self._window, *self._losses.sums, *self._votes, *parts))
+        end = len(totals) - len(parts)
+        return self._losses.weighed(totals[:end]), totals[end:]
 
     def _set_lr(self) -> None:
         factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
@@ -724,17 +616,7 @@ class Engine:
             self._unchecked = result
 
     def _raise_unless_finite(self, result: StepResult) -> None:
-        loss, norm = result.loss, result.grad_norm
-        if math.isfinite(norm) and (math.isfinite(loss) or not result.count):
-            return
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        weights = "have been updated with it" if self._in_backward is not None else "are those before this step"
-        error = NonFiniteError(
-            f"step {self.global_step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights {weights}. "
-            "Lower optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
-        )
-        error.step = self.global_step - (0 if self.device.type == "cpu" else 1)
-        raise error
+        nonfinite.check(result, self.global_step, late=self.device.type != "cpu", updated=self._in_backward is not None)
 
     def _guard(self, grad: torch.Tensor) -> torch.Tensor:
         if not self._inside_backward:
@@ -746,11 +628,6 @@ class Engine:
 
 def _at_most(value: Scalar, bound: float) -> Scalar:
     return value.clamp(max=bound) if isinstance(value, torch.Tensor) else min(value, bound)
-
-
-def _or_one(count: Scalar) -> Scalar:
-    """`count`; 1 where nothing counts, so that gradients of nothing stay zero."""
-    return torch.where(count == 0, 1.0, count) if isinstance(count, torch.Tensor) else count or 1.0
 
 
 def _weightless(outputs: Any) -> torch.Tensor:

@@ -22,10 +22,11 @@ from paratrain.batch import LocalBatch
 from paratrain.checkpoint import lock
 from paratrain.checkpoint.saver import Saver
 from paratrain.config import Config
-from paratrain.engine import Engine, NonFiniteError
+from paratrain.engine import Engine
 from paratrain.errors import UserError
 from paratrain.faults import batches as bad_batches
 from paratrain.faults import memory, restarts, signals
+from paratrain.faults.nonfinite import NonFiniteError
 from paratrain.faults.watchdog import Watchdog
 from paratrain.goodput import Goodput, since_process_start
 from paratrain.loss import Loss

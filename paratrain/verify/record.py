@@ -251,7 +251,7 @@ class Recorder:
             reduce(params)
             assert engine._window is not None
             assert engine._unit is not None
-            count = float(engine._sum_over_ranks(engine._window)[1])
+            count = float(engine._totals.over_ranks(engine._window)[1])
             self._gradients(engine.global_step, "gradient", engine._unit / engine.scaler.scale / max(count, 1e-300))
 
         def clipped(max_norm: float | None) -> Any:

@@ -11,8 +11,8 @@ from torch import nn
 
 from paratrain.api import setup
 from paratrain.config import FSDP, Memory, Precision, Single, Trainer
-from paratrain.engine import NonFiniteError
 from paratrain.faults import memory
+from paratrain.faults.nonfinite import NonFiniteError
 from paratrain.metrics.meter import peak_memory
 from paratrain.models.gpt import GPT
 from paratrain.spawn import run
