@@ -130,13 +130,19 @@ def _blocks(overrides: list[str], config_name: str, config_dir: str | None) -> s
 
     from paratrain import build
     from paratrain._hydra import load_config
-    from paratrain.parallel import blocks, experts, freeze, materialise
+    from paratrain.parallel import blocks, experts, freeze, materialise, pipeline, tensor
 
     cfg = load_config(overrides, config_name, config_dir)
     model = materialise.on_meta_if_possible(build.model_fn(cfg), cfg.seed, torch.device("cpu"))
     freeze.apply(model, cfg.freeze)
-    dealt = [experts.describe(cfg)] if cfg.parallel.ep > 1 else []
-    return "\n".join([blocks.describe(model, cfg.memory.blocks), *dealt])
+    parts = [blocks.describe(model, cfg.memory.blocks)]
+    if cfg.parallel.ep > 1:
+        parts.append(experts.describe(cfg))
+    if cfg.parallel.pp > 1:
+        parts.append(pipeline.describe(model, cfg))
+    if cfg.parallel.tp > 1:
+        parts.append(tensor.describe(model.to("meta"), cfg))
+    return "\n".join(parts)
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

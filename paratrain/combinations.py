@@ -78,8 +78,6 @@ def _experts(cfg: Config) -> Faults:
         option = "comm_hook" if strategy.comm_hook != "none" else "static_graph"
         reason = "belongs to DistributedDataParallel, which does not know experts on several ranks; leave it out"
         yield Fault(f"strategy.{option}", reason), ("parallel.ep",)
-    if cfg.parallel.tp > 1:
-        yield Fault("parallel.ep", f"{ep} together with parallel.tp is not built yet; write 1 for one of them"), ("parallel.tp",)
     if cfg.memory.recompute in ("selective", "auto"):
         why = "decides on each rank alone" if cfg.memory.recompute == "auto" else "cannot replay the collectives inside a block"
         reason = f"{cfg.memory.recompute} {why}, but all ranks must exchange rows together; write full or none"

@@ -186,7 +186,7 @@ def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor
             empty.append(param)
     if group.reduce_grads and (group.is_unsharded or len(empty) < len(gathered)):
         for param in empty:
-            param._unsharded_param.grad = torch.zeros(param._unsharded_param.shape, dtype=param._unsharded_param.dtype, device=group.device)
+            param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)  # a DTensor where tp splits it
         if any(param.unsharded_accumulated_grad is not None for param in gathered):  # of the reduce dtype, which all must have then
             for param in gathered:
                 if param.unsharded_accumulated_grad is None:

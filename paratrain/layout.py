@@ -88,7 +88,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     found = experts.planned(model, cfg)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None
     units = stages.units if stages else units
-    placed = tensor.place(model, mesh, cfg, plan)
+    placed = tensor.place(model, mesh, cfg, plan, experts.fused_names(found))
     dealt = experts.place(model, mesh, found, planned.forms, device)
     units = dealt.outside(units)
     context.apply(sequences, units)

@@ -28,8 +28,9 @@ def cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) ->
         The sum, in nats, computed in float32 or wider, and the number of targets that count.
 
     Raises:
-        UserError: the shapes do not match.
+        UserError: `outputs` is no tensor, or the shapes do not match.
     """
+    _refuse_structures("cross_entropy", outputs)
     if outputs.shape[:-1] != targets.shape:
         raise UserError(
             f"cross_entropy: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: outputs need the shape of targets "
@@ -38,6 +39,22 @@ def cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) ->
     logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="sum")
     return total, (targets != ignore_index).sum()
+
+
+def _refuse_structures(loss: str, outputs: Any) -> None:
+    if isinstance(outputs, Tensor):
+        return
+    parts = (
+        [f"{key}=" for key in outputs]
+        if isinstance(outputs, Mapping)
+        else [type(part).__name__ for part in outputs]
+        if isinstance(outputs, tuple | list)
+        else []
+    )
+    raise UserError(
+        f"{loss}: the model returns {type(outputs).__name__}({', '.join(parts)}), not a tensor; write a loss that takes what it needs of it "
+        "(loss._target_=my_module.my_loss), or loss=balanced_cross_entropy with model=moe"
+    )
 
 
 def mse(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -51,8 +68,9 @@ def mse(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         The sum, computed in float32 or wider, and the number of elements.
 
     Raises:
-        UserError: the shapes differ, which broadcasting would hide.
+        UserError: `outputs` is no tensor, or the shapes differ, which broadcasting would hide.
     """
+    _refuse_structures("mse", outputs)
     if outputs.shape != targets.shape:
         raise UserError(f"mse: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: give both the same shape")
     dtype = torch.promote_types(torch.promote_types(outputs.dtype, targets.dtype), torch.float32)

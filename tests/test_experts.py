@@ -53,6 +53,11 @@ LAYOUTS = {
     "ep2 x zero1": (4, Parallel(ep=2), Zero1()),
     "ep2 x zero2": (4, Parallel(ep=2), Zero2()),
     "ep2 x hsdp2x2": (8, Parallel(ep=2, dp_replicate=2, dp_shard=2), HSDP()),
+    "tp2": (2, Parallel(tp=2), DDP()),
+    "ep2 x tp2": (4, Parallel(ep=2, tp=2), DDP()),
+    "ep2 x tp2, sequence": (4, Parallel(ep=2, tp=2, sp=True), DDP()),
+    "ep2 x tp2 x fsdp2": (8, Parallel(ep=2, tp=2), FSDP()),
+    "ep2 x tp2 x pp2": (8, Parallel(ep=2, tp=2, pp=2), DDP()),
     "ep2 x pp2": (4, Parallel(ep=2, pp=2), DDP()),
     "ep2 x pp2 x fsdp2": (8, Parallel(ep=2, pp=2), FSDP()),
 }
@@ -66,14 +71,14 @@ def by_hand():
     return {kind: train_by_hand(build().double(), token_batches(10, 8, True), loss_fn=fn) for kind, (build, fn) in BUILDS.items()}
 
 
-SLOW = {"ep4 x fsdp2", "ep2 x zero2", "ep2 x hsdp2x2", "ep2 x pp2 x fsdp2"}
+SLOW = {"ep2 x tp2 x fsdp2", "ep2 x tp2 x pp2", "ep4 x fsdp2", "ep2 x zero2", "ep2 x hsdp2x2", "ep2 x pp2 x fsdp2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS])
 def test_equals_one_process(name, by_hand):
     """A mixture of our own and experts in lists; masked, clipped, accumulated."""
     ranks, parallel, strategy = LAYOUTS[name]
-    kinds = ("mixture",) if parallel.pp > 1 else BUILDS
+    kinds = ("mixture",) if parallel.pp > 1 or parallel.sp else BUILDS
 
     def body():
         cfg = config(2, parallel=parallel, strategy=strategy)
@@ -145,8 +150,8 @@ def continued(path, cfg, kind, saves):
 @pytest.mark.parametrize("kind", BUILDS)
 def test_a_checkpoint_goes_on_under_another_layout(kind, tmp_path):
     alone, dealt = (1, config(2)), (4, config(2, parallel=Parallel(ep=2), strategy=FSDP()))
-    replicated = (2, config(2, parallel=Parallel(ep=2)))
-    for number, (first, others) in enumerate([(dealt, [alone, replicated]), (alone, [dealt])]):
+    replicated, matrices = (2, config(2, parallel=Parallel(ep=2))), (4, config(2, parallel=Parallel(ep=2, tp=2)))
+    for number, (first, others) in enumerate([(dealt, [alone, replicated]), (alone, [dealt, matrices]), (matrices, [alone])]):
         path = tmp_path / str(number)
         expected, *_ = run(continued, first[0], path, first[1], kind, True)
         for ranks, cfg in others:
@@ -301,10 +306,22 @@ def test_loads_are_those_of_one_process():
 
 
 def test_verify_proves_a_layout():
-    cfg = config(parallel=Parallel(ep=2), precision=Precision())
-    for build, fn in BUILDS.values():
-        report = verify(build, fn, token_batches(2, 8, True), cfg, ranks=4)
-        assert report.ok, report.text()
+    for tp in (1, 2):
+        cfg = config(parallel=Parallel(ep=2, tp=tp), precision=Precision())
+        for build, fn in BUILDS.values():
+            report = verify(build, fn, token_batches(2, 8, True), cfg, ranks=4)
+            assert report.ok, report.text()
+
+
+def test_lists_under_sequence_parallelism_write_in_place_and_are_refused():
+    """The forward around the list adds into zeros like its split input."""
+    cfg = config(parallel=Parallel(ep=2, tp=2, sp=True))
+
+    def body():
+        with pytest.raises(UserError, match=r"index_add_ writes into a tensor that is split over ranks.*parallel.sp=false"):
+            train(cfg, token_batches(1, 8, True), *BUILDS["list"])
+
+    run(body, 4)
 
 
 def test_flops_are_those_of_the_chosen_experts():
@@ -324,13 +341,20 @@ def test_inspect_shows_which_experts_go_where(capsys):
     assert "blocks.0.ffn.experts: experts 0-1 on rank 0, 2-3 on rank 1, 4-5 on rank 2, 6-7 on rank 3" in capsys.readouterr().out
 
 
+def test_inspect_shows_what_tensor_and_pipeline_parallelism_do(capsys):
+    assert main(["inspect", "model=moe", "parallel.tp=2", "parallel.pp=2", "strategy=ddp", "model.layers=2"]) == 0
+    text = capsys.readouterr().out
+    assert "1 on rank 1 of pp: blocks.1, 656,640 parameters" in text
+    assert "blocks.*.attention.out.weight: dim 1 split (2 of them)" in text
+    assert "blocks.*.ffn.router.weight: whole on every rank, because topk" in text
+
+
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
         ({"strategy": Single()}, "parallel.ep"),
         ({"strategy": DDP(static_graph=True)}, "strategy.static_graph"),
         ({"strategy": DeepSpeedZero2()}, "parallel.ep"),
-        ({"parallel": Parallel(ep=2, tp=2)}, "parallel.ep"),
         ({"memory": Memory(recompute="selective")}, "memory.recompute"),
         ({"memory": Memory(recompute="auto", budget_gib=1.0)}, "memory.recompute"),
         ({"compile": True}, "compile"),

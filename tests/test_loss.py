@@ -63,6 +63,13 @@ def test_shapes_that_do_not_match_are_refused():
         mse(torch.zeros(4, 1), torch.zeros(4))
 
 
+def test_outputs_that_are_no_tensor_are_refused():
+    with pytest.raises(UserError, match=r"the model returns tuple\(Tensor, Tensor\).*loss=balanced_cross_entropy"):
+        cross_entropy((torch.zeros(2, 3, 7), torch.zeros(2)), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"mse: the model returns dict\(logits=\)"):
+        mse({"logits": torch.zeros(4)}, torch.zeros(4))
+
+
 def test_a_pair_needs_a_number_as_its_count():
     for second, what in (([1], "a list"), (None, "a NoneType"), (torch.ones(3), r"a tensor of shape \(3,\)")):
         with pytest.raises(UserError, match=f"returned {what} as the second"):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from paratrain.errors import UserError
+from paratrain.parallel.tp_rules import plain
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Dispatching(_ReadingOwn):
         peers: Peers = self.__dict__["_expert_peers"]
         form = peers.form
         given: dict[str, Any] = {**dict(zip(form.parameters, args, strict=False)), **kwargs}
+        given = {name: plain(value) for name, value in given.items()}  # every rank of tp computes all that its rank of ep has to
         rows, index, weights = _checked(peers, *(given.get(name) for name in form.names))
 
         def own(rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,11 @@ def planned(model: nn.Module, cfg: Config) -> Plan:
     return found
 
 
+def fused_names(plan: Plan) -> list[str]:
+    """The modules whose parameters have experts of several ranks of ep."""
+    return [name for name, form in plan.items() if isinstance(form, Form)]
+
+
 def lines(plan: Plan, ep: int) -> list[str]:
     """Which experts are on which ranks of ep, a line for each module."""
     text = []

@@ -6,6 +6,8 @@ use, such as an embedding tied to the output layer, is held by each of them and 
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,16 +20,17 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from paratrain import gradients
+from paratrain import distributed, gradients
 from paratrain.compat import finish_backward
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import pipeline_schedule
+from paratrain.parallel import blocks, pipeline_schedule
 from paratrain.parallel.pipeline_deferred import defer
 from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
 from paratrain.parallel.pipeline_split import Stages, drop, split
 
+log = logging.getLogger(__name__)
 _BUCKET = 32 << 20  # bytes of gradients reduced at once
 
 
@@ -59,6 +62,35 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     Raises:
         UserError: too few blocks, or `pipeline.cuts` or `pipeline.place` that name nothing.
     """
+    planned, units, positions, firsts = _planned(model, units, cfg)
+    state = {name: (value.shape, value.dtype) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    ready = split(model, [name for name, _ in units], firsts, device)
+    holders = _holders(model, ready, units, positions, cfg.pipeline.place, planned)
+    mine = mesh.root["pp"].get_local_rank()
+    if distributed.rank() == 0:
+        log.info("pipeline stages (%s):\n  %s", cfg.pipeline.schedule, "\n  ".join(_lines(planned, units, firsts)))
+    drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
+    held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
+    return Cut(ready, planned, holders, state, held)
+
+
+def describe(model: nn.Module, cfg: Config) -> str:
+    """The stages of a model under a configuration."""
+    planned, units, _, firsts = _planned(model, blocks.find(model, cfg.memory.blocks), cfg)
+    return "\n".join([f"pipeline stages ({cfg.pipeline.schedule}):", *(f"  {line}" for line in _lines(planned, units, firsts))])
+
+
+def _lines(planned: pipeline_schedule.Plan, units: Sequence[tuple[str, nn.Module]], firsts: list[int]) -> Iterator[str]:
+    for stage, (first, end) in enumerate(itertools.pairwise([*firsts, len(units)])):
+        names = [name for name, _ in units[first:end]]
+        weights = sum(param.numel() for _, block in units[first:end] for param in block.parameters())
+        yield f"{stage} on rank {planned.rank_of[stage]} of pp: {' ... '.join(dict.fromkeys((names[0], names[-1])))}, {weights:,} parameters in blocks"
+
+
+def _planned(
+    model: nn.Module, units: Sequence[tuple[str, nn.Module]], cfg: Config
+) -> tuple[pipeline_schedule.Plan, list[tuple[str, nn.Module]], dict[str, int], list[int]]:
+    """Where stages are, the blocks that nothing but stages divides, the positions of weights outside them, and each stage's first."""
     options = cfg.pipeline
     planned = pipeline_schedule.plan(options.schedule, cfg.parallel.pp, options.stages_per_rank)
     stages = len(planned.rank_of)
@@ -75,23 +107,16 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
         position = positions.get(name)
         if position is not None:
             costs[min(position, len(units) - 1)] += param.numel()
-    firsts = _firsts([name for name, _ in units], costs, stages, options.cuts)
-    state = {name: (value.shape, value.dtype) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    ready = split(model, [name for name, _ in units], firsts, device)
-    holders = _holders(model, ready, units, positions, options.place, planned)
-    mine = mesh.root["pp"].get_local_rank()
-    drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
-    held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
-    return Cut(ready, planned, holders, state, held)
+    return planned, units, positions, _firsts([name for name, _ in units], costs, stages, options.cuts)
 
 
 def _positions(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> dict[str, int]:
     """Name of each parameter outside the blocks -> how many blocks are defined before it."""
-    blocks = {block for _, block in units}
-    inside = {module for block in blocks for module in block.modules()}
+    cuttable = {block for _, block in units}
+    inside = {module for block in cuttable for module in block.modules()}
     positions, seen = {}, 0
     for path, module in model.named_modules(remove_duplicate=False):
-        seen += module in blocks
+        seen += module in cuttable
         if module not in inside:
             for key, param in module._parameters.items():
                 if param is not None:

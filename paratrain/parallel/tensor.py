@@ -7,7 +7,7 @@ tensor where every rank holds the whole, a `Split` (see `tp_split.py`) where ran
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -114,11 +114,19 @@ def planned(model: nn.Module, mesh: Mesh, cfg: Config) -> Plan | None:
     return make(model, cfg, Peers(axis.get_group(), axis.get_local_rank(), axis.size(), cfg.parallel.sp))
 
 
-def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None) -> Placed:
+def describe(model: nn.Module, cfg: Config) -> str:
+    """The plan for a model, whose tensors are on meta, under a configuration."""
+    shardable_attention(model)
+    plan = make(model, cfg, Peers(None, 0, cfg.parallel.tp, cfg.parallel.sp))
+    return "\n".join([f"tensor parallel plan ({plan.source}):", *(f"  {line}" for line in plan.lines())])
+
+
+def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts: Collection[str] = ()) -> Placed:
     """Split the parameters of `model`, which are on meta, over `mesh.root["tp"]`, in place; names stay, and what was shared is.
 
     Args:
         plan: from `planned`; it may name parameters that other stages hold.
+        experts: names of modules that stay as they are, because the ranks of ep divide them instead.
 
     Raises:
         UserError: a plan that does not fit the model, or none can be found.
@@ -132,9 +140,15 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None) -> Place
     params = dict(model.named_parameters(remove_duplicate=False))
     # by identity: tied weights are split alike
     split = {id(params[name]): placement for name, placement in plan.placements.items() if name in params}
+    apart = tuple(f"{name}." for name in experts)
+    for name in plan.placements:
+        if name.startswith(apart) and apart:
+            raise UserError(f"parallel.tp_plan: {name} is of experts that parallel.ep deals to ranks whole; leave it out of the plan")
     orders: dict[str, tuple[int, Tensor]] = {}
     made: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):  # `params` keeps what is replaced alive, so that no id comes twice
+        if apart and f"{path}.".startswith(apart):
+            continue
         how: dict[str, Placement] = {}
         for leaf, param in module._parameters.items():
             if param is None or param.ndim == 0:

@@ -263,7 +263,8 @@ def _logsumexp(split: Split) -> Tensor:
 
 def _wide(split: Split) -> Tensor:
     local = part_of(split)
-    return local.float() if torch.is_autocast_enabled(local.device.type) and local.dtype.itemsize < 4 else local
+    autocast = local.device.type != "meta" and torch.is_autocast_enabled(local.device.type)  # it refuses to tell for meta
+    return local.float() if autocast and local.dtype.itemsize < 4 else local
 
 
 def _pick(split: Split, index: Tensor) -> Tensor:

@@ -52,10 +52,9 @@ def whole(func: Any, args: tuple, kwargs: dict, reason: str = _UNKNOWN) -> Any:
     splits = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Split)]
     splits[0].peers.gathered(name, splits, reason)
     if kwargs.get("out") is not None or (_writes(name) and isinstance(args[0], Split)):
-        raise UserError(
-            f"parallel.tp: {name} writes into a tensor that is split over ranks; write its result into a new tensor, or write replicate for the "
-            f"weights it comes from in parallel.tp_plan ({', '.join(sorted(splits[0].sources)) or 'unknown'})"
-        )
+        sources = ", ".join(sorted(splits[0].sources))
+        keep = f"write replicate for the weights it comes from in parallel.tp_plan ({sources})" if sources else "write parallel.sp=false"
+        raise UserError(f"parallel.tp: {name} writes into a tensor that is split over ranks; write its result into a new tensor, or {keep}")
     args, kwargs = tree_map_only(Split, gather, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -304,7 +303,8 @@ def _group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     return split.like(func(part_of(split), groups // split.peers.size, weight, bias, eps))
 
 
-def plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Any) -> Any:
+    """The whole of a tensor that is split over ranks; anything else as it is."""
     return gather(tensor) if isinstance(tensor, Split) else tensor
 
 
