@@ -75,6 +75,11 @@ def has_gradient_hooks(param: torch.Tensor) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
+def has_spectral_norm(module: torch.nn.Module) -> bool:
+    """Whether it estimates the largest singular value of a weight, a step of the power method in each forward; no public class tells."""
+    return any(type(part).__name__.lstrip("_") == "SpectralNorm" for part in (module, *module._forward_pre_hooks.values()))
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether it shares its memory with a tensor that autograd knows; changing one in place changes both."""
     with torch._C.DisableTorchFunctionSubclass():  # a question, not an operation that a subclass would compute

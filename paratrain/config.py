@@ -493,7 +493,9 @@ class Trainer:
         "loss_fn returns several losses, a dict of these names, and the loss is the sum of weight x mean; the first counts the tokens: "
         "{ce: 1.0, z: 1e-4}; null: it returns one",
     )
-    batch_norm: Literal["sync", "local"] = key("sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches")
+    batch_norm: Literal["sync", "local"] = key(
+        "sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches (spectral norm likewise)"
+    )
     nonfinite: Literal["raise", "skip", "rollback"] = key(
         "raise",
         "a loss or gradient that is not finite (beyond what a loss scale mends): raise ends training; skip leaves the weights as they are; "

@@ -360,6 +360,22 @@ def test_batch_norm_is_over_the_global_batch():
     assert abs(local[0][0] - full[0][0]) > 1e-6
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_norm_equals_one_process_and_refuses_micro_batches(norm):
+    """Its estimate improves once a forward."""
+    build = seeded(lambda: nn.Sequential(norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 2)))
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randn(8, width, generator=generator, dtype=torch.float64) for width in (4, 2)) for _ in range(3)]
+
+    def loss_fn(outputs, targets):
+        return (outputs - targets).square().sum(), len(targets)
+
+    found, _ = run(lambda: train(config(), batches, build, loss_fn), 2)
+    assert_same(found, train_by_hand(build().double(), batches, loss_fn=loss_fn))
+    with pytest.raises(UserError, match="spectral norm"):
+        setup(build, loss_fn, config(1))
+
+
 def test_batch_norm_of_a_single_value_is_refused():
     build = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))
 
