@@ -580,11 +580,10 @@ def test_verify(strategies):
     from paratrain import verify
 
     batch = token_batches(1, 8, True)[0]
-    for strategy in strategies[:1] + strategies[-1:]:
-        report = verify(build, token_loss, batch, cfg_of(strategy), ranks=2)
-        assert report.ok, report.text()
-        assert {line.kind for line in report.lines} >= {"activation", "loss", "gradient norm", "weight", "optimizer state", "resume: state"}
-        assert any("does not show" in note for note in report.notes)
+    report = verify(build, token_loss, batch, cfg_of(strategies[-1]), ranks=2)
+    assert report.ok, report.text()
+    assert {line.kind for line in report.lines} >= {"activation", "loss", "gradient norm", "weight", "optimizer state", "resume: state"}
+    assert any("does not show" in note for note in report.notes)
 
 
 @pytest.mark.slow

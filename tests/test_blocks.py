@@ -61,6 +61,13 @@ def tied():
     return model
 
 
+def normalised():
+    """Weight norm gives each module that has it a class of its own."""
+    block = Block()
+    block.up = nn.utils.parametrizations.weight_norm(block.up)
+    return block
+
+
 CASES = {
     "gpt": (gpt(), ["blocks.0", "blocks.1", "blocks.2"]),
     "one giant embedding": (lambda: Parts(embed=nn.Embedding(10_000, 4), layers=stack(Block(), Block())), ["layers.0", "layers.1"]),
@@ -107,6 +114,11 @@ CASES = {
     "one block called again and again": (lambda: (lambda block: Parts(layers=stack(block, block), last=block))(Block()), []),
     "a plain stack of layers": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)), ["0", "2", "3"]),
     "picked by key": (lambda: Parts(heads=nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})), []),
+    "weight norm inside blocks": (lambda: Parts(layers=stack(normalised(), normalised())), ["layers.0", "layers.1"]),
+    "weight norm of a stack of layers": (
+        lambda: Parts(layers=stack(*(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(2)))),
+        ["layers.0", "layers.1"],
+    ),
     "no parameters": (nn.Identity, []),
     "scalars": (Scalars, ["blocks.0", "blocks.1", "blocks.2"]),
     "recurrent": (Recurrent, []),

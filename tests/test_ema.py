@@ -44,7 +44,7 @@ def furthest(found, expected):
     return max(float((found[name] - value).abs().max()) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_written_by_hand(ranks, tmp_path):
     """Evaluated, exported, and the same after a resume under another layout; the weights that are trained stay as they are."""
     layouts = LAYOUTS | (HYBRID if ranks == 4 else {})

@@ -54,7 +54,7 @@ def train(sections, rooms, where, batches, dropout=0.0):
     return sizes, ([s.loss for s in steps], [s.grad_norm for s in steps], engine.full_state_dict())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_largest_that_fits_on_all_ranks(ranks):
     """One rank has less memory than the others; a share of 10 (of 5 on 4 ranks) in runs of at most 3 samples is 4 (2) micro-batches."""
     layouts = LAYOUTS | (ON_FOUR if ranks == 4 else {})

@@ -48,8 +48,9 @@ def piped(pp, schedule="1f1b", micro=None, strategy=None, parallel=None, **optio
     return config(micro, parallel=parallel or Parallel(pp=pp), pipeline=Pipeline(schedule, **options), strategy=strategy or DDP())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "tied"), [(2, False), (4, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (4, False)))]
+)
 def test_every_schedule_equals_one_process(ranks, tied):
     batches = token_batches(STEPS, 9, True)
 
@@ -74,7 +75,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_with_data_parallelism(tied):
     """Ranks with fewer samples, and with none, take part in every micro-batch."""
     batches = [*token_batches(STEPS - 2, 9, True), *token_batches(2, 1, False)]

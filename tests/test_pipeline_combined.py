@@ -12,7 +12,7 @@ from paratrain.models.gpt import GPT
 from paratrain.spawn import run
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("ranks", "strategy", "schedule", "sequence"),
     [(4, DDP(), "1f1b", False), (4, DDP(), "zbv", True), (8, DDP(), "1f1b", True), (8, FSDP(), "interleaved", False)],

@@ -56,7 +56,7 @@ def difference(result, expected):
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_strategy_equals_one_process(ranks):
     """Masked batches of 10 samples, whole and in micro-batches of 1, clipped; on 4 ranks also two-dimensional layouts."""
     layouts = STRATEGIES | (ON_FOUR if ranks == 4 else {})
@@ -78,7 +78,7 @@ def test_every_strategy_equals_one_process(ranks):
             assert other[case][2] == {}, "only rank 0 holds the full state"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_module(ranks):
     """0-dim, frozen, tied and unused parameters, experts that some ranks do not use, buffers, modules called several times or never."""
     layouts = {name: STRATEGIES[name] for name in ("fsdp", "zero1")} | {"ddp": {"strategy": DDP()}}

@@ -260,17 +260,20 @@ def test_a_plan_of_the_users_own():
     ] + ["wte.weight"]
 
 
-def test_checkpoints_name_no_rank(tmp_path):
+RING = [
+    (2, Parallel(tp=2), DDP()),
+    (4, Parallel(tp=2, sp=True), FSDP()),
+    (4, Parallel(tp=4), DDP()),
+    (2, Parallel(), FSDP()),
+    (1, Parallel(), DDP()),
+]
+
+
+@pytest.mark.parametrize("layouts", [RING[:2], pytest.param(RING, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_checkpoints_name_no_rank(layouts, tmp_path):
     """Fused matrices are kept in another order than the user's, and saved in the user's."""
     build, batches = seeded(zoo.LANGUAGE["fused, tied"]), zoo_batches("fused") * 2
     reference = train_by_hand(build().double(), batches, loss_fn=loss)
-    layouts = [
-        (2, Parallel(tp=2), DDP()),
-        (4, Parallel(tp=2, sp=True), FSDP()),
-        (4, Parallel(tp=4), DDP()),
-        (2, Parallel(), FSDP()),
-        (1, Parallel(), DDP()),
-    ]
 
     def body(parallel, strategy, load, save):
         engine = setup(build, loss, config(2, parallel=parallel, strategy=strategy))

@@ -95,7 +95,7 @@ def loss(outputs, targets):
     return token_loss(outputs.logits, targets)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_transformers_train_split_as_one_process_does(sequence):
     def body():
         found = {}

@@ -24,7 +24,7 @@ LAYOUTS = {name: sections for name, sections in STRATEGIES.items() if name != "o
 BATCHES = token_batches(4, 10, True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_steps(ranks):
     """Loss, gradient norm and weights of a hand-written loop without clipping; tied weights get one update a step."""
     layouts = {"single": {"strategy": Single()}} if ranks == 1 else LAYOUTS | (ON_FOUR if ranks == 4 else {})

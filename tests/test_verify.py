@@ -199,7 +199,7 @@ def test_depth_is_cut_only_where_the_model_says_how():
         (2, ["parallel.tp=2"]),
         (2, ["parallel.pp=2"]),
         (2, ["parallel.cp=2"]),
-        (4, ["strategy=fsdp", "parallel.tp=2"]),
+        pytest.param(4, ["strategy=fsdp", "parallel.tp=2"], marks=pytest.mark.slow),
         (4, ["parallel.pp=2", "parallel.tp=2"]),
     ],
 )

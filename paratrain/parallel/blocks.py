@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from paratrain.errors import UserError
 
@@ -103,18 +104,18 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
     is_stack = isinstance(module, _STACKS)
     eligible = [child for child in children if any(child.children()) or (leaves and is_stack)]
     eligible = [child for child in eligible if type(child).forward is not nn.Module.forward]
-    classes = Counter(type(child) for child in eligible)
+    classes = Counter(map(_class, eligible))
     like = Counter(map(structure, eligible)) if is_stack else Counter()
-    repeated = {type(child) for child in eligible if like[structure(child)] > 1} if is_stack else set()
+    repeated = {_class(child) for child in eligible if like[structure(child)] > 1} if is_stack else set()
     found = []
     for name, child in module.named_children():
         if child not in children or "expert" in name.lower():  # a rank whose samples choose other experts does not call them
             continue
-        if type(child).__name__ in declared or (child in eligible and type(child) in repeated):
+        if type(child).__name__ in declared or (child in eligible and _class(child) in repeated):
             found.append(child)
         elif inner := _search(child, declared, leaves):
             found += inner
-        elif child in eligible and classes[type(child)] > 1 and not isinstance(module, nn.ModuleDict):
+        elif child in eligible and classes[_class(child)] > 1 and not isinstance(module, nn.ModuleDict):
             found.append(child)
     return found
 
@@ -123,9 +124,14 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _class(module: nn.Module) -> type:
+    """Its class as the user wrote it: parametrized modules (weight norm, LoRA of torch) have one of their own each."""
+    return type_before_parametrizations(module)
+
+
 def structure(module: nn.Module) -> tuple:
     """What two modules have in common when they are copies but for their values."""
-    classes = tuple((name, type(child)) for name, child in module.named_modules())
+    classes = tuple((name, _class(child)) for name, child in module.named_modules())
     return classes, tuple((name, param.shape) for name, param in module.named_parameters())
 
 
