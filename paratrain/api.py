@@ -56,9 +56,10 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     )
     freeze.apply(planned.model, cfg.freeze)
     blueprint = _blueprint(planned.model)
+    trainable = {name for name, param in planned.model.named_parameters(remove_duplicate=False) if param.requires_grad}
     laid_out = layout.apply(planned, axes, cfg, device)
     elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else laid_out.experts.elsewhere
-    optimizers = optim.build(cfg.optimizer, laid_out.model, elsewhere)
+    optimizers = optim.build(cfg.optimizer, laid_out.model, trainable.intersection(elsewhere))
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):

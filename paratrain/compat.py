@@ -77,7 +77,8 @@ def has_gradient_hooks(param: torch.Tensor) -> bool:
 
 def has_spectral_norm(module: torch.nn.Module) -> bool:
     """Whether it estimates the largest singular value of a weight, a step of the power method in each forward; no public class tells."""
-    return any(type(part).__name__.lstrip("_") == "SpectralNorm" for part in (module, *module._forward_pre_hooks.values()))
+    classes = [type(part) for part in (module, *module._forward_pre_hooks.values())]
+    return any(cls.__name__.lstrip("_") == "SpectralNorm" and cls.__module__.startswith("torch.nn.utils.") for cls in classes)
 
 
 def is_view(tensor: torch.Tensor) -> bool:

@@ -25,13 +25,13 @@ def build(options: OptimizerConfig, model: nn.Module, elsewhere: Collection[str]
     Parameters sharded over different meshes are in groups of their own.
 
     Args:
-        elsewhere: names of parameters that other ranks alone hold, which a pattern may be meant for.
+        elsewhere: names of trainable parameters that other ranks alone hold, which a pattern may be meant for.
 
     Raises:
         ConfigError: patterns that match nothing, arguments the class does not take, no trainable parameter.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if not params:
+    if not params and not elsewhere:
         raise ConfigError(["model: it has no trainable parameter (all have requires_grad=False, or there is none)"])
     exempt = undecayed(model) if options.no_decay == "norm_and_bias" else set()
     base = {"lr": options.lr, "weight_decay": options.weight_decay, **options.args}
@@ -62,6 +62,8 @@ def build(options: OptimizerConfig, model: nn.Module, elsewhere: Collection[str]
             settings["weight_decay"] = 0.0
         target = settings.pop("_target_")
         by_class.setdefault(target, []).append({"params": [params[n] for n in names], "param_names": names, **settings})
+    if not by_class:  # what is trained is in other stages
+        by_class[options.target] = [{"params": [], "param_names": [], **base}]
     optimizers = [_construct(target, groups, options.fused, problems) for target, groups in by_class.items()]
     if problems:
         raise ConfigError(problems)

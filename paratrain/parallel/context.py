@@ -148,7 +148,7 @@ class Context:
             same = batches.map_tensors(lambda x: x[:, :1].expand_as(x).contiguous() if x.ndim > 1 else x, here)
             ends = batches.map_tensors(lambda x: torch.cat([x[:, :-1], _changed(x[:, -1:], x)], 1) if x.ndim > 1 else x, here)
             starts = batches.map_tensors(lambda x: torch.cat([_changed(x[:, :1], x), x[:, 1:]], 1) if x.ndim > 1 else x, here)
-            outputs = run([here, same, ends, starts])
+            outputs = self._run(run, [here, same, ends, starts])
             calls, faults = zip(*everywhere((self.calls, self._fault(outputs) if outputs else None)), strict=True)
         finally:
             self.probing = False
@@ -163,6 +163,15 @@ class Context:
         if fault:
             raise UserError(f"parallel.cp={self.ranks}: {fault}, or write parallel.cp=1")
         self.proven = True
+
+    def _run(self, run: Callable[[list[Any]], list[Any]], inputs: list[Any]) -> list[Any]:
+        try:
+            return run(inputs)
+        except RuntimeError as error:
+            raise UserError(
+                f"parallel.cp={self.ranks}: the model does not run on {self.length} positions of each sequence ({error}); a batch needs the sequence "
+                "along dim 1, and a model that takes any length of it; or write parallel.cp=1"
+            ) from error
 
     def _fault(self, outputs: list[Any]) -> str | None:
         """What is wrong with the outputs of the four probes, if anything."""

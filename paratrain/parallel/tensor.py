@@ -144,7 +144,8 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts:
     for name in plan.placements:
         if name.startswith(apart) and apart:
             raise UserError(f"parallel.tp_plan: {name} is of experts that parallel.ep deals to ranks whole; leave it out of the plan")
-    orders: dict[str, tuple[int, Tensor]] = {}
+    # of all stages: whoever gathers the whole model puts every weight in the user's order
+    orders = {name: (p.dim, torch.tensor(order(p.parts, peers))) for name, p in plan.placements.items() if len(p.parts) > 1}
     made: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):  # `params` keeps what is replaced alive, so that no id comes twice
         if apart and f"{path}.".startswith(apart):
