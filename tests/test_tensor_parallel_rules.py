@@ -58,6 +58,13 @@ CASES = {
         1,
         None,
     ),
+    "shared values": (
+        lambda v, q, k: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        [(B, H, T, 2), (B, 12, T, 2), (B, H, T, 2)],
+        0,
+        1,
+        None,
+    ),
     "one shared head": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         [(B, H, T, 2), (B, 1, T, 2), (B, 1, T, 2)],

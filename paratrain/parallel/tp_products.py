@@ -177,7 +177,10 @@ def _attention(func: Any, args: tuple, kwargs: dict) -> Any:
     if first is None or first.split_dim >= first.ndim - 2:
         return None
     dim = first.split_dim - first.ndim
-    heads = isinstance(q, Split) and grouped and dim == -3 and q.shape[dim] != k.shape[dim]
+    heads = grouped and dim == -3 and q.shape[dim] != k.shape[dim]
+    if heads and not isinstance(q, Split):
+        number = (q.shape[dim],)
+        q = Split(scatter(q, dim, number, first.peers), dim, number, first.peers)
     if heads:
         parts = [_shared_heads(t, q) for t in (k, v)]
         if parts[0] is None or parts[1] is None:

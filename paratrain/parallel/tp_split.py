@@ -195,6 +195,7 @@ def own_randomness(split: Split) -> Iterator[None]:
 
 
 def take(whole: Tensor, dim: int, parts: Parts, peers: Peers) -> Tensor:
+    assert whole.shape[dim] == sum(parts), (whole.shape, dim, parts)
     runs = peers.runs(parts)
     if len(runs) == 1:
         return whole.narrow(dim, *runs[0])
