@@ -152,6 +152,7 @@ SPLIT = {  # what a good plan splits, (dim, runs); all else is whole
         "lm_head.weight": (0, 1),
     },
     "fused, tied": {"h.1.c_attn.bias": (0, 3), "lm_head.weight": (0, 1), "wte.weight": (0, 1)},
+    "cut heads": {"h.0.c_attn.weight": (0, 3), "h.1.c_attn.bias": (0, 3), "h.0.c_proj.weight": (1, 1)},
     "shared heads": {"h.0.to_k.weight": (0, 1), "h.0.o.weight": (1, 1), "h.0.gate_up.weight": (0, 2), "h.0.down.weight": (1, 1)},
     "parallel": {"h.0.wide.weight": (0, 4), "h.1.attention_out.weight": (1, 1), "h.1.mlp_out.weight": (1, 1)},
     "torch": {"encoder.layers.0.self_attn.in_proj_weight": (0, 3), "encoder.layers.0.self_attn.out_proj.weight": (1, 1)},

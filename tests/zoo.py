@@ -40,6 +40,23 @@ class NanoBlock(nn.Module):
         return x + self.drop(self.c_out(F.gelu(self.c_fc(self.ln_2(x)))))
 
 
+class CutHeadsBlock(NanoBlock):
+    """Heads of q, k and v cut out of one view, with keys and values that queries share, as in Falcon."""
+
+    def __init__(self, shared: int = 2):
+        super().__init__()
+        self.shared = shared
+        self.c_attn = nn.Linear(DIM, DIM + 2 * shared * DIM // self.n_head)
+
+    def attend(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        heads = self.c_attn(x).view(B, T, self.n_head + 2 * self.shared, C // self.n_head)
+        q, k, v = heads.split([self.n_head, self.shared, self.shared], dim=2)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
 class SharedHeadsBlock(nn.Module):
     """Grouped keys and values repeated by hand, separate projections, a norm of each head, SwiGLU from one matrix."""
 
@@ -207,6 +224,7 @@ class Recurrent(nn.Module):
 LANGUAGE = {
     "fused": lambda: Decoder(NanoBlock),
     "fused, tied": lambda: Decoder(NanoBlock, tied=True),
+    "cut heads": lambda: Decoder(CutHeadsBlock),
     "shared heads": lambda: Decoder(SharedHeadsBlock),
     "parallel": lambda: Decoder(ParallelBlock),
     "torch": TorchDecoder,

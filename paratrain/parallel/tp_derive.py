@@ -157,7 +157,9 @@ class _Search(TorchFunctionMode):
         if operation == "fused":
             source, parts = min(sources), tuple(int(size) for size in re.findall(r"\d+", reason))
             if len(sources) == 1 and len(parts) > len(self.fused.get(pattern(source), ())) and self.peers.divides(parts):
-                self.fused[pattern(source)] = parts
+                weight = self.params[source]
+                rows = weight.shape[self.decided[id(weight)].dim] // sum(parts)  # the model may cut heads, not features
+                self.fused[pattern(source)] = tuple(part * rows for part in parts)
                 raise _Again
         elif sources:
             self._keep_whole(sources, reason if operation == "scatter" else f"{operation}: {reason}")
@@ -172,21 +174,22 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 def _runnable(model: nn.Module) -> tuple[nn.Module, Any]:
     """A copy of the model, and inputs on which it runs: on meta, or with zeros where its forward looks at values."""
-    reasons: list[str] = []
+    reason = "no layer shows what it takes"
     tensors = [*model.parameters(), *model.buffers()]
     devices = ["meta"] + (["cpu"] if sum(tensor.numel() for tensor in tensors) < _MOST_REAL else [])
     for device in devices:
-        for inputs in _guesses(model, device):
+        for number, inputs in enumerate(_guesses(model, device)):
             twin = _copy(model, device)
             try:
                 with rng.preserved(torch.device("cpu")), torch.no_grad():
                     _call(twin, inputs)
                 return twin, inputs
             except Exception as error:  # whatever a model says to inputs that are not for it
-                reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
+                if not number:  # the likeliest inputs
+                    reason = f"on {device}: {type(error).__name__}: {error}".splitlines()[0][:160]
     raise UserError(
         "parallel.tp_plan=auto: the model ran on none of the inputs that could be guessed for it "
-        f"(the last error: {reasons[-1] if reasons else 'no layer shows what it takes'}); write the plan: "
+        f"({reason}); write the plan: "
         "parallel.tp_plan={'layers.*.q_proj': colwise, 'layers.*.o_proj': rowwise, ...}"
     )
 
