@@ -18,6 +18,7 @@ from paratrain.api import setup
 from paratrain.config import DDP, FSDP, HSDP, Memory, Parallel, Precision
 from paratrain.errors import UserError
 from paratrain.models.gpt import GPT
+from paratrain.parallel import tensor
 from paratrain.spawn import run
 
 TOLERANCE = 1e-10  # float64, the same sums in another order
@@ -181,6 +182,30 @@ def test_plans_are_derived_for_modules_as_people_write_them(sequence):
         *result, split = results[name]
         assert_same(result, train_by_hand(seeded(make)().double(), zoo_batches(name), loss_fn=loss))
         assert SPLIT[name].items() <= split.items(), name
+
+
+class Translator(nn.Module):
+    """Names its inputs on the device of its weights, as Hugging Face's BART does, looks at values, and calls its tokens by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 8), nn.Linear(8, 40)
+
+    @property
+    def dummy_inputs(self):
+        return {"input_ids": torch.ones(2, 4, dtype=torch.int64, device=self.embed.weight.device)}
+
+    def forward(self, input_ids=None, decoder_input_ids=None):
+        if decoder_input_ids is None or bool((input_ids < 0).any()):
+            raise ValueError("decoder_input_ids must be given")
+        return self.head(self.embed(input_ids) + self.embed(decoder_input_ids))
+
+
+def test_inputs_are_found_for_a_model_that_names_them():
+    with torch.device("meta"):
+        model = Translator()
+    text = tensor.describe(model, config(parallel=Parallel(tp=2)))
+    assert all(f"{name}: dim 0 split" in text for name in ("embed.weight", "head.weight", "head.bias"))
 
 
 def test_what_stays_whole_is_listed_with_the_reason():

@@ -212,14 +212,15 @@ def _guesses(model: nn.Module, device: str) -> Iterator[Any]:
     ]
     count = max(1, len(required))
     numbers = _numbers(model)
+    translates = "decoder_input_ids" in inspect.signature(model.forward).parameters  # an encoder and decoder of Hugging Face
     if isinstance(dummy := getattr(model, "dummy_inputs", None), dict):
-        yield {name: value.to(device) for name, value in dummy.items()}
+        yield {name: torch.ones_like(value, device=device) for name, value in dummy.items()}  # some are on the device of the model: meta
     lengths = [8, *(n for n in numbers if 2 <= n <= 4096)]
     kinds = [type(module) for module in model.modules()]
     if nn.Embedding in kinds or any(issubclass(kind, nn.Embedding) for kind in kinds):
         for length in lengths:
             tokens = torch.zeros(2, length, dtype=torch.int64, device=device)
-            yield (tokens,) * count
+            yield {"input_ids": tokens, "decoder_input_ids": tokens} if translates else (tokens,) * count
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def floats(*shape: int) -> tuple[Tensor, ...]:
