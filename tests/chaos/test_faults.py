@@ -35,15 +35,6 @@ def test_four_ranks_and_two_deaths(strategy, tmp_path, undisturbed):
     assert len(attempts(tmp_path)) == 3
 
 
-@pytest.mark.slow
-def test_a_failed_save_is_no_death(tmp_path, undisturbed):
-    text = train(tmp_path, *fault("save-full", 5, on=1))
-    same(tmp_path, undisturbed())
-    assert attempts(tmp_path) == [0]
-    assert "No space left on device" in text
-    assert "failed saves in a row: 1 of 3" in text
-
-
 @pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1"])
 def test_preemption(name, tmp_path, undisturbed):
     """The queue's signal to the launcher: a checkpoint, code 75, and the same command goes on."""
