@@ -178,7 +178,7 @@ def logit_loss(outputs, targets):
 def test_models_of_other_people():
     pytest.importorskip("transformers")
     data = batches(4, 4)
-    named = [({"input_ids": tokens}, targets) for tokens, targets in data]
+    named = [({"input_ids": tokens, "use_cache": False}, targets) for tokens, targets in data]  # their way to packed documents is open
     layouts = [Parallel(cp=2), Parallel(cp=2, tp=2), Parallel(cp=2, pp=2)]
 
     def body():
@@ -294,6 +294,36 @@ def test_what_cannot_be_split_is_refused(build, message):
     def body():
         engine = setup(build, token_loss, split("all_gather"))
         engine.train_step(engine.local(batches(1, 2)[0]))
+
+    with pytest.raises(RuntimeError, match=message):
+        run(body, 2)
+
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "Mistral",
+            {"sliding_window": 6, "num_key_value_heads": 2, "max_position_embeddings": 32},
+            "sliding_window=6 is shorter than the sequence of 8 positions",
+        ),
+        ("Llama", {"max_position_embeddings": 6, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "change with the length"),
+        ("Roberta", {"max_position_embeddings": 32, "is_decoder": True}, "without position_ids the model does not count positions from 0"),
+    ],
+)
+def test_what_depends_on_more_than_a_part_is_refused(name, options, message):
+    """A rank's 4 positions of 8 show none of it: no mask for the window, no longer rotation, positions from another start."""
+    transformers = pytest.importorskip("transformers")
+
+    def build():
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **options))
+
+    def body():
+        engine = setup(build, logit_loss, split("all_to_all"))
+        engine.train_step(engine.local(({"input_ids": (data := batches(1, 2)[0])[0]}, data[1])))
 
     with pytest.raises(RuntimeError, match=message):
         run(body, 2)

@@ -45,8 +45,9 @@ class Context:
         self.group: dist.ProcessGroup = axis.get_group()
         self.rank, self.ranks = axis.get_local_rank(), axis.size()
         self.method = cfg.context.method
-        self.taken = list(inspect.signature(model.forward).parameters)
+        self.taken = inspect.signature(model.forward).parameters
         self.argument = next((name for name in _POSITIONS if name in self.taken), None)
+        self.told = False  # whether `part` adds positions that the batch has not
         # Hugging Face models take position ids that do not count up for packed documents, so these keep runs
         self.zigzag = self.method == "ring" and self.argument != "position_ids"
         self.model, self.length, self.calls = model, 0, 0
@@ -84,6 +85,7 @@ class Context:
     def _with_positions(self, inputs: Any, positions: torch.Tensor) -> Any:
         if self.argument is None or (isinstance(inputs, dict) and self.argument in inputs):
             return inputs
+        self.told = True
         given = {self.argument: positions.unsqueeze(0)}
         if isinstance(inputs, dict):
             return {**inputs, **given}
@@ -100,7 +102,7 @@ class Context:
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
         """UserError for a form of it that cannot be honoured exactly."""
         self.calls += 1
-        if attn_mask is not None:
+        if attn_mask is not None and not self.probing:  # positions that do not count up may look like packed documents
             raise UserError(
                 f"parallel.cp={self.ranks}: attention with a mask (attn_mask {tuple(attn_mask.shape)}) cannot be split; let the model call "
                 "scaled_dot_product_attention(is_causal=True) without padding masks or sliding windows, or write parallel.cp=1"
@@ -148,8 +150,9 @@ class Context:
             same = batches.map_tensors(lambda x: x[:, :1].expand_as(x).contiguous() if x.ndim > 1 else x, here)
             ends = batches.map_tensors(lambda x: torch.cat([x[:, :-1], _changed(x[:, -1:], x)], 1) if x.ndim > 1 else x, here)
             starts = batches.map_tensors(lambda x: torch.cat([_changed(x[:, :1], x), x[:, 1:]], 1) if x.ndim > 1 else x, here)
-            outputs = self._run(run, [here, same, ends, starts])
-            calls, faults = zip(*everywhere((self.calls, self._fault(outputs) if outputs else None)), strict=True)
+            outputs = self._run(run, [here, same, ends, starts, *self._counted(here)])
+            fault = _by_length(self.model, self.length * self.ranks) or (self._fault(outputs) if outputs else None)
+            calls, faults = zip(*everywhere((self.calls, fault)), strict=True)
         finally:
             self.probing = False
             for module, mode in modes:
@@ -164,6 +167,16 @@ class Context:
             raise UserError(f"parallel.cp={self.ranks}: {fault}, or write parallel.cp=1")
         self.proven = True
 
+    def _counted(self, here: Any) -> list[Any]:
+        """Positions that count from 0, and none, which must mean the same where we add those of the whole sequence."""
+        if self.argument is None or not self.told or self.taken[self.argument].default is inspect.Parameter.empty:
+            return []
+        positions = here[self.argument]
+        return [
+            {**here, self.argument: torch.arange(positions.shape[1], device=positions.device).unsqueeze(0)},
+            {name: value for name, value in here.items() if name != self.argument},
+        ]
+
     def _run(self, run: Callable[[list[Any]], list[Any]], inputs: list[Any]) -> list[Any]:
         try:
             return run(inputs)
@@ -174,7 +187,7 @@ class Context:
             ) from error
 
     def _fault(self, outputs: list[Any]) -> str | None:
-        """What is wrong with the outputs of the four probes, if anything."""
+        """What is wrong with the outputs of the probes, if anything."""
         leaves = [_leaves(each) for each in outputs]
         odd = next((leaf for leaf in leaves[0] if leaf.ndim < 2 or leaf.shape[1] != self.length), None)
         if odd is not None:
@@ -182,7 +195,7 @@ class Context:
                 f"an output of shape {tuple(odd.shape)} has no sequence of {self.length} positions along dim 1, so it joins positions that are on "
                 "several ranks; return one along dim 1"
             )
-        plain, flat, end, start = leaves
+        plain, flat, end, start, *counted = leaves
         met = any(not _close(a[:, :-1], b[:, :-1]) for a, b in zip(plain, end, strict=True))  # the last one anywhere before it
         met = met or any(not _close(a[:, 1:], b[:, 1:]) for a, b in zip(plain, start, strict=True))  # the first one after it
         if met:
@@ -195,7 +208,35 @@ class Context:
                 "the model counts positions by itself, which would start at 0 on every rank; let forward take "
                 f"{' or '.join(_POSITIONS)} [1, time] and use it"
             )
+        if counted and any(not _close(a, b) for a, b in zip(*counted, strict=True)):
+            return (
+                f"without {self.argument} the model does not count positions from 0 (RoBERTa counts from padding_idx + 1); put {self.argument} [batch, time] "
+                "into the batch"
+            )
         return None
+
+
+def _by_length(model: nn.Module, length: int) -> str | None:
+    """What a Hugging Face model, which sees a part of `length` positions, would compute otherwise if it saw all of them.
+
+    It passes a mask for a sliding window, or for chunks, only where they are shorter than what it sees, and some rotary embeddings change
+    with the length.
+    """
+    for holder in {id(h): h for module in model.modules() for h in (module, getattr(module, "config", None))}.values():
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(holder, name, None)
+            if type(window) is int and 0 < window < length:
+                return f"{name}={window} is shorter than the sequence of {length} positions, and attention within it cannot be split; write None for it"
+        rope = getattr(holder, "rope_parameters", None) or getattr(holder, "rope_scaling", None)
+        every = [rope, *rope.values()] if isinstance(rope, dict) else []  # of the model, or of each kind of layer
+        for rules in [each for each in every if isinstance(each, dict)]:
+            kind = rules.get("rope_type", rules.get("type"))
+            limits = (rules.get("original_max_position_embeddings"), getattr(holder, "max_position_embeddings", None), 0)
+            if kind in ("dynamic", "longrope") and length > next(limit for limit in limits if limit is not None):
+                return (
+                    f"rotary embeddings of rope_type={kind} change with the length, of which a rank sees a part; choose another rope_type"
+                )
+    return None
 
 
 def planned(model: nn.Module, mesh: Mesh, cfg: Config) -> Context | None:
