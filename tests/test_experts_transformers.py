@@ -13,7 +13,7 @@ from test_tensor_parallel import assert_same
 from torch import nn
 
 from paratrain.api import setup
-from paratrain.config import FSDP, Optimizer, Parallel, Precision
+from paratrain.config import DDP, FSDP, Optimizer, Parallel, Precision
 from paratrain.loss import sequence_balance
 from paratrain.spawn import run
 
@@ -89,6 +89,10 @@ def loss(outputs, targets):
     return total + 0.1 * (balance * (targets != -100).sum(1)).sum(), count
 
 
+def lm_loss(outputs, targets):
+    return token_loss(outputs.logits, targets)
+
+
 def train(cfg, name, how="eager"):
     engine = setup(lambda: build(name, how), loss, cfg)
     steps = [engine.train_step(engine.local(batch)) for batch in batches()]
@@ -120,3 +124,24 @@ def test_grouped_products_and_shards():
     (*result, held), *_ = run(body, 4, timeout=400)
     assert held[0] == 1
     assert_same(result, train_by_hand(build("mixtral", "grouped_mm"), batches(), loss_fn=loss), 1e-4)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(ep=2, tp=2), Parallel(ep=2, pp=2)], ids=["matrices", "stages"])
+def test_with_tensors_split_and_in_stages(parallel, monkeypatch):
+    """Which rows an expert gets is known by values, which a stage has not of blocks that are not its own."""
+
+    def alone():  # the logits of its routers would leave the blocks past their results
+        model = build("mixtral")
+        model.config.output_router_logits = False
+        return model
+
+    def body():
+        in_double(pytest.MonkeyPatch())
+        cfg = config(2, parallel=parallel, strategy=DDP(), optimizer=Optimizer(lr=1e-2, weight_decay=0.0))
+        engine = setup(alone, lm_loss, cfg)
+        steps = [engine.train_step(engine.local(batch)) for batch in batches()]
+        return [s.loss for s in steps], [s.grad_norm for s in steps], engine.full_state_dict()
+
+    results = run(body, 4, timeout=400)
+    in_double(monkeypatch)
+    assert_same(results[0], train_by_hand(alone().double(), batches(), loss_fn=lm_loss, weight_decay=0.0))

@@ -14,6 +14,7 @@ embedding and encoder outputs are carried, and what does not hang on weights (po
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from paratrain.errors import UserError
-from paratrain.parallel.pipeline_ghost import Ghost, NeedsValues, ghost
+from paratrain.parallel.pipeline_ghost import Ghost, ghost
 from paratrain.parallel.tp_split import Split, gather
 
 
@@ -126,7 +127,7 @@ class Stages:
         key = (index, spec, *(_form(leaf) for leaf in leaves))
         if key not in self.answers:
             with torch.no_grad():
-                self.answers[key] = _answer(block, args, kwargs)
+                self.answers[key] = block(*args, **kwargs)
         return tree_map_only(Ghost, lambda g: Ghost(g.meta, g.device, g.origin), self.answers[key])
 
 
@@ -235,7 +236,7 @@ class Visit:
     def misplaced(self, origin: str) -> UserError:
         return UserError(
             f"parallel.pp: stage {self.stage} uses {origin!r}, which it does not hold; name the stages that use it: "
-            f"pipeline.place={{'{origin}': [0, {self.stage}]}} (numbers of stages, -1 the last)"
+            f"pipeline.place={{'{origin}': {[0, self.stage] if self.stage else list(range(self.split.stages))}}} (numbers of stages, -1 the last)"
         )
 
 
@@ -358,13 +359,6 @@ def _form(leaf: Any) -> Any:
     return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
 
 
-def _answer(block: nn.Module, args: Any, kwargs: Any) -> Any:
-    try:
-        return block(*args, **kwargs)
-    except NeedsValues:  # control flow inside the block: what is sent tells the shapes, the ghost only passes through
-        return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost))
-
-
 def _at(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
@@ -392,6 +386,8 @@ def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.d
             cut.swaps += [(module, key, empty) for key, empty in counterpart._parameters.items() if empty is not None]
     for module in cut.blocks:
         _stage_class(module, _Block, cut)
+    for name in names:
+        _stage_class(_at(twin, name), _Twin, cut)
     for module in cut.loose:
         _stage_class(module, _Loose, cut)
     _stage_class(model, _Root, cut)
@@ -455,6 +451,45 @@ class _Block(nn.Module):
         if visit is None:
             return super().__call__(*args, **kwargs)
         return visit.block(self, super().__call__, args, kwargs)
+
+
+class _Twin(nn.Module):
+    """A block of ghosts. Where its forward asks for values, as that of a mixture of experts, or an operator has no way to run without, it
+    runs on zeros on the host: what it returns has the same form."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = tree_map(_fresh, (args, kwargs))
+        try:
+            return super().forward(*args, **kwargs)
+        except (UserError, RuntimeError) as error:
+            ghosts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost)]
+            if not ghosts:
+                raise
+            held = [tensor for module in self.modules() for tensor in (*module._parameters.values(), *module._buffers.values())]
+            memo: dict[int, Any] = {id(tensor): _on_host(tensor) for tensor in held if tensor is not None}
+            memo |= {id(hooks): OrderedDict() for hooks in (self._forward_hooks, self._forward_pre_hooks)}  # they watch the trace
+            real = copy.deepcopy(self, memo)
+            args, kwargs = tree_map_only(torch.Tensor, _on_host, given)
+            try:
+                with torch.no_grad():
+                    outputs = super(_Twin, real).forward(*args, **kwargs)
+            except Exception:  # whatever a user's block says to zeros
+                raise error from None
+            return tree_map_only(torch.Tensor, lambda tensor: ghost(tensor, ghosts[0].device, ghosts[0].origin), outputs)
+
+
+def _fresh(leaf: Any) -> Any:
+    """An argument that the block may change (a cache of keys and values), as it is now."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # whatever a user's object says to a copy
+        return leaf
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, Ghost) else tensor.cpu()
 
 
 class _Loose(nn.Module):
