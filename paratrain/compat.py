@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +22,13 @@ from torch.utils._pytree import tree_leaves
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """All axes of `mesh` as the one axis `name`. `DeviceMesh._flatten` has no public twin yet."""
     return mesh._flatten(name)
+
+
+def beside(root: DeviceMesh, axis: str, flattened: str) -> DeviceMesh:
+    """The mesh of an axis of `root` and one that `flatten_mesh` made. torch warns that such slices will end, and knows no other way yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return root[(axis, flattened)]
 
 
 def sync_buffers_in_forward(wanted: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from paratrain.compat import flatten_mesh
+from paratrain.compat import beside, flatten_mesh
 from paratrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,6 +109,6 @@ def _build(shape: dict[str, int], device_type: str) -> Mesh:
         axes = ("dp_shard", *(axis for axis in inside if shape[axis] > 1))
         sharded = flatten_mesh(root[axes], "_".join(axes)) if len(axes) > 1 else root["dp_shard"]
         assert sharded.mesh_dim_names is not None
-        return root[("dp_replicate", sharded.mesh_dim_names[0])] if shape["dp_replicate"] > 1 else sharded
+        return beside(root, "dp_replicate", sharded.mesh_dim_names[0]) if shape["dp_replicate"] > 1 else sharded
 
     return Mesh(root, data, weights, loss, shard("ep", "cp"), shard("cp"))
