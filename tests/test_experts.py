@@ -78,7 +78,7 @@ SLOW = {"ep2 x tp2 x fsdp2", "ep2 x tp2 x pp2", "ep4 x fsdp2", "ep2 x zero2", "e
 def test_equals_one_process(name, by_hand):
     """A mixture of our own and experts in lists; masked, clipped, accumulated."""
     ranks, parallel, strategy = LAYOUTS[name]
-    kinds = ("mixture",) if parallel.pp > 1 or parallel.sp else BUILDS
+    kinds = ("mixture",) if parallel.pp > 1 else BUILDS
 
     def body():
         cfg = config(2, parallel=parallel, strategy=strategy)
@@ -311,17 +311,6 @@ def test_verify_proves_a_layout():
         for build, fn in BUILDS.values():
             report = verify(build, fn, token_batches(2, 8, True), cfg, ranks=4)
             assert report.ok, report.text()
-
-
-def test_lists_under_sequence_parallelism_write_in_place_and_are_refused():
-    """The forward around the list adds into zeros like its split input."""
-    cfg = config(parallel=Parallel(ep=2, tp=2, sp=True))
-
-    def body():
-        with pytest.raises(UserError, match=r"index_add_ writes into a tensor that is split over ranks.*parallel.sp=false"):
-            train(cfg, token_batches(1, 8, True), *BUILDS["list"])
-
-    run(body, 4)
 
 
 def test_flops_are_those_of_the_chosen_experts():

@@ -131,10 +131,6 @@ _LIKE_POINTWISE = set(
         "detach",
         "requires_grad_",
         "masked_fill_",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
         "fill_",
         "zero_",
         "copy_",
@@ -186,6 +182,14 @@ def pointwise(func: Any, args: tuple, kwargs: dict) -> Any:
     if _writes(func.__name__):
         return args[0]
     return join(first, result, tensors, result.ndim + dim)
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like")
+def _filled(func: Any, args: tuple, kwargs: dict) -> Any:
+    split = args[0]
+    if not isinstance(split, Split) or split.sources:
+        return pointwise(func, args, kwargs)
+    return func(part_of(split).detach().new_empty(split.shape), *args[1:], **kwargs)  # of a sequence, which models go on to fill by index
 
 
 def same_split(split: Tensor, other: Split, dim: int) -> bool:
