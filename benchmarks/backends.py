@@ -82,7 +82,7 @@ def main() -> None:
         rows[name] = {"step_ms": report.spread(taken[name]), "held_mib": round(mib, 1)}
         print(f"{name:16} step {rows[name]['step_ms']} ms   held {mib:.1f} MiB a rank")
     close()
-    packages = report.versions("deepspeed", "fairscale")
+    packages = ", ".join(f"{name} {version}" for name, version in report.versions("deepspeed", "fairscale").items())
     note = f"GPT of 3.3 M parameters in float32, 2 processes over gloo, 2 accumulation steps of 4 sequences of 64 tokens; {packages}"
     report.write("backends", rows, note)
 

@@ -45,6 +45,32 @@ def recovery(rows: dict) -> list[list[str]]:
     return [*table, ["SIGKILL of a rank to the next training step, restarted by torchrun", killed]]
 
 
+def sharding_memory(rows: dict) -> list[list[str]]:
+    def cell(row: dict, when: str) -> str:
+        return f"{row[f'bytes a parameter between {when}']:g} ({row['theory' if when == 'steps' else f'theory between {when}']:g})"
+
+    body = [
+        [name.removeprefix("memory, "), cell(row, "steps"), cell(row, "micro-batches")] for name, row in rows.items() if "theory" in row
+    ]
+    return [["bytes a parameter on a rank (in theory)", "between steps", "between micro-batches"], *body]
+
+
+def sharding_time(rows: dict) -> list[list[str]]:
+    body = [
+        [name.removeprefix("time, "), row["ms"], f"{row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})"]
+        for name, row in rows.items()
+        if "ms" in row
+    ]
+    return [["", "ms a step, median (quartiles)", "over the loop by hand"], *body]
+
+
+def backends(rows: dict) -> list[list[str]]:
+    return [
+        ["strategy", "ms a step, median (middle half)", "MiB held a rank"],
+        *([name, row["step_ms"], str(row["held_mib"])] for name, row in rows.items()),
+    ]
+
+
 def overflow(rows: dict) -> list[list[str]]:
     def ended(row: dict) -> str:
         if row["loss"] is None:
@@ -86,10 +112,17 @@ TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     "import_time": import_time,
     "recovery": recovery,
     "overflow": overflow,
+    "sharding_memory": sharding_memory,
+    "sharding_time": sharding_time,
+    "backends": backends,
     "optimizers": optimizers,
     "optimizer_states": optimizer_states,
 }
-RESULT_OF = {"optimizer_states": "optimizers"}  # tables of a result of another name
+RESULT_OF = {
+    "optimizer_states": "optimizers",
+    "sharding_memory": "sharding",
+    "sharding_time": "sharding",
+}  # tables of a result of another name
 
 
 def gpu() -> str:
