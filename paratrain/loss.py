@@ -159,6 +159,10 @@ def named(losses: Any, weights: Mapping[str, float], count: Any) -> list[tuple[t
     return [as_sum_and_count(losses[name], count) for name in weights]
 
 
+def _scalar(one: Tensor) -> Tensor:
+    return one.reshape(()) if one.ndim else one
+
+
 def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
     """A pair (sum, count) as it is; a scalar mean over `count` as (mean x count, count).
 
@@ -173,14 +177,14 @@ def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
             raise UserError(
                 f"loss_fn returned {what} as the second of a pair; return (sum, count): how many terms the sum has, or a mean alone"
             )
-        return loss[0].reshape(()), loss[1]
+        return _scalar(loss[0]), loss[1]
     if isinstance(loss, torch.Tensor):
         if loss.numel() != 1:
             raise UserError(
                 f"loss_fn returned a tensor of shape {tuple(loss.shape)}; return (losses.sum(), losses.numel()), or a scalar mean"
             )
         assert count is not None
-        return loss.reshape(()) * count, count
+        return _scalar(loss) * count, count
     if isinstance(loss, Mapping):
         weights = ", ".join(f"{name}: 1.0" for name in loss)
         raise UserError(f"loss_fn returned several losses; say what each weighs in their sum: trainer.loss_weights={{{weights}}}")

@@ -24,6 +24,7 @@ class Totals:
 
     def __init__(self, mesh: Mesh, layout: Layout, params: Sequence[torch.Tensor], names: Mapping[torch.Tensor, str], device: torch.device):
         self._mesh, self._layout, self._params, self._device = mesh, layout, params, device
+        self._ranks = mesh.loss.size()
         # where each parameter stands among those of all data ranks, and how many these are: ranks of ep may hold others by name
         self._slots, self._size = list(range(len(params))), len(params)
         if layout.experts.owners:
@@ -32,7 +33,7 @@ class Totals:
 
     def scalar(self, value: torch.Tensor | float) -> Scalar:
         if self._device.type == "cpu":
-            return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+            return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
         return on_device(value, self._device)
 
     def add(self, window: tuple[Scalar, Scalar], total: torch.Tensor, count: Any) -> tuple[Scalar, Scalar]:
@@ -40,10 +41,9 @@ class Totals:
 
     def over_ranks(self, values: Sequence[Scalar], over: DeviceMesh | None = None) -> list[Scalar]:
         """Each value summed over the ranks that hold parts of the loss, or those of `over`, in one collective."""
-        over = self._mesh.loss if over is None else over
-        if over.size() == 1:
+        if (self._ranks if over is None else over.size()) == 1:
             return list(values)
-        return self._scalars(_all_reduced(self._vector(values), over))
+        return self._scalars(_all_reduced(self._vector(values), self._mesh.loss if over is None else over))
 
     def largest(self, value: float, over: DeviceMesh) -> float:
         """The largest of the values that the ranks of `over` bring."""

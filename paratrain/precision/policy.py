@@ -49,7 +49,7 @@ class Policy:
 
 
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+    return map_tensors(lambda x: x.to(dtype) if x.dtype is not dtype and x.is_floating_point() else x, tree)
 
 
 POLICIES = {
