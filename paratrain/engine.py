@@ -103,6 +103,7 @@ class Engine:
         self._votes: tuple[float, ...] = ()
         self._reduced: tuple[list[Scalar], Scalar] | None = None  # totals over ranks and the gradient norm, once known
         self._inside_backward = False
+        self._wide = accumulate.dtype_of(cfg) is not None
         self._unchecked: StepResult | None = None
         self._set_lr()
 
@@ -585,7 +586,7 @@ class Engine:
         return self.ema.applied() if self.ema and self.ema.options.evaluate else nullcontext()
 
     def _update(self) -> None:
-        with accumulate.rounded(self._params):
+        with accumulate.rounded(self._params) if self._wide else nullcontext():
             for optimizer in self.optimizers:
                 optimizer.step()
 
