@@ -34,7 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "hsdp": {"strategy": HSDP(), "parallel": Parallel(dp_replicate=2)},
 }
 VOCAB, LENGTH, BATCH = 256, 64, 4
-ROUNDS, STEPS = 25, 2
+ROUNDS, STEPS = 60, 2
 
 
 def model() -> nn.Module:
