@@ -220,7 +220,9 @@ class Engine:
         if max_norm is not None:
             factor = factor * _at_most(max_norm / (norm + 1e-6), 1.0)
         gradients.scale(grads, factor)
-        limits.clip(self._params, self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive)
+        value, adaptive = self.cfg.trainer.clip_value, self.cfg.trainer.clip_adaptive
+        if value is not None or adaptive is not None:
+            limits.clip(self._params, value, adaptive)
         self._reduced = (totals, norm)
         if self.noise_scale is not None:
             self.noise_scale.update(parts, self._layout.average * self.scaler.scale / self._unit, norm, totals[1])
