@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -58,8 +59,8 @@ def test_a_hang_is_noticed_told_and_restarted(tmp_path, undisturbed):
     assert "no progress for" in text
     stacks = [(tmp_path / "hang" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "injected.py" in stacks[1]
-    assert "distributed_c10d.py" in stacks[0], "rank 0 waits: for the gradients of rank 1, or for its part of a checkpoint"
-    assert "collective" in stacks[0].split("Thread")[0]
+    waits = stacks[0].split("Thread")[0]  # for the gradients of rank 1, or for its part of a checkpoint
+    assert re.search(r"collective \d+ gloo:\w+ .* in group", waits)
 
 
 @pytest.mark.slow
