@@ -118,11 +118,8 @@ TABLES: dict[str, Callable[[dict], list[list[str]]]] = {
     "optimizers": optimizers,
     "optimizer_states": optimizer_states,
 }
-RESULT_OF = {
-    "optimizer_states": "optimizers",
-    "sharding_memory": "sharding",
-    "sharding_time": "sharding",
-}  # tables of a result of another name
+# tables of a result of another name
+RESULT_OF = {"optimizer_states": "optimizers", "sharding_memory": "sharding", "sharding_time": "sharding"}
 
 
 def gpu() -> str:

@@ -130,18 +130,21 @@ def _blocks(overrides: list[str], config_name: str, config_dir: str | None) -> s
 
     from paratrain import build
     from paratrain._hydra import load_config
+    from paratrain.metrics.flops import on_meta
     from paratrain.parallel import blocks, experts, freeze, materialise, pipeline, tensor
 
     cfg = load_config(overrides, config_name, config_dir)
     model = materialise.on_meta_if_possible(build.model_fn(cfg), cfg.seed, torch.device("cpu"))
     freeze.apply(model, cfg.freeze)
     parts = [blocks.describe(model, cfg.memory.blocks)]
+    if max(cfg.parallel.ep, cfg.parallel.tp) > 1:
+        model = on_meta(model)  # what is shared stays shared
     if cfg.parallel.ep > 1:
-        parts.append(experts.describe(cfg))
+        parts.append(experts.describe(model, cfg))
     if cfg.parallel.pp > 1:
         parts.append(pipeline.describe(model, cfg))
-    if cfg.parallel.tp > 1:
-        parts.append(tensor.describe(model.to("meta"), cfg))
+    if (plan := tensor.planned(model, cfg)) is not None:
+        parts.append(tensor.describe(plan))
     return "\n".join(parts)
 
 

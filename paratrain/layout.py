@@ -83,7 +83,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     _refuse_weights_that_forward_changes(model, mesh)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
-    plan = tensor.planned(model, mesh, cfg)
+    plan = tensor.planned(model, cfg)
     sequences = context.planned(model, mesh, cfg)
     found = experts.planned(model, cfg)
     stages = pipeline.cut(model, units, mesh, cfg, device) if cfg.parallel.pp > 1 else None

@@ -204,7 +204,7 @@ class Translator(nn.Module):
 def test_inputs_are_found_for_a_model_that_names_them():
     with torch.device("meta"):
         model = Translator()
-    text = tensor.describe(model, config(parallel=Parallel(tp=2)))
+    text = tensor.describe(tensor.planned(model, config(parallel=Parallel(tp=2))))
     assert all(f"{name}: dim 0 split" in text for name in ("embed.weight", "head.weight", "head.bias"))
 
 

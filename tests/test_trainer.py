@@ -275,19 +275,25 @@ def test_mistakes_are_named(tmp_path):
         fit(config(tmp_path / "file" / "run"))
 
 
-def test_two_jobs_in_one_directory_are_refused_by_name(tmp_path):
-    """The lock of a live job holds, in whatever process; that of a dead one does not."""
+def locking(directory, seconds):
+    """The number of a process that holds the lock of `directory`, for so long."""
     from paratrain.checkpoint import lock
 
-    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))  # its holder died
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with lock.held(tmp_path):
+        with lock.held(directory):
             os.write(writer, b"x")
-            time.sleep(60)
+            time.sleep(seconds)
         os._exit(0)
     os.read(reader, 1)
+    return child
+
+
+def test_two_jobs_in_one_directory_are_refused_by_name(tmp_path):
+    """The lock of a live job holds, in whatever process; that of a dead one does not."""
+    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))  # its holder died
+    child = locking(tmp_path, 60)
     with pytest.raises(UserError, match=f"another job, process {child} on host {socket.gethostname()}, is writing there"):
         fit(config(tmp_path))
     os.kill(child, signal.SIGKILL)
@@ -300,14 +306,7 @@ def test_the_lock_of_a_dying_process_is_waited_for(tmp_path):
     """A killed process may end its write to the disk first; its lock lives so long."""
     from paratrain.checkpoint import lock
 
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with lock.held(tmp_path):
-            os.write(writer, b"x")
-            time.sleep(0.7)
-        os._exit(0)
-    os.read(reader, 1)
+    child = locking(tmp_path, 0.7)
     with lock.held(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     os.waitpid(child, 0)

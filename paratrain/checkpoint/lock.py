@@ -58,7 +58,8 @@ def _acquire(fd: int, directory: Path) -> None:
         try:
             return fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder, elsewhere = _holder(fd), _holder(fd).get("host") != socket.gethostname()
+            holder = _holder(fd)
+            elsewhere = holder.get("host") != socket.gethostname()
             if time.monotonic() > deadline + (_LEASE if elsewhere else 0.0) or (elsewhere and _beats(directory / FILE_NAME)):
                 raise _taken(directory, holder) from None
         time.sleep(0.1)

@@ -26,17 +26,20 @@ def refuse_accumulation(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
     Raises:
         UserError: when BatchNorm would see less than the global batch, or spectral norm more than one step, and nobody said that this is wanted.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    iterating = [name for name, module in model.named_modules() if has_spectral_norm(module)]
+    if cfg.trainer.batch_norm == "local":
+        return
     share = -(-cfg.data.global_batch // mesh.data.size())
     size = 1 if cfg.data.micro_batch_size == "auto" else cfg.data.micro_batch_size
-    if names and size is not None and size < share and cfg.trainer.batch_norm == "sync":
+    several = size is not None and size < share
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if names and several:
         raise UserError(
             f"data.micro_batch_size={cfg.data.micro_batch_size}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the "
             f"global batch, so the loss would depend on the layout; write data.micro_batch_size=null (a rank's share, {share}), use GroupNorm, "
             "or accept it with trainer.batch_norm=local"
         )
-    if iterating and (cfg.parallel.pp > 1 or (size is not None and size < share)) and cfg.trainer.batch_norm == "sync":
+    iterating = [name for name, module in model.named_modules() if has_spectral_norm(module)]
+    if iterating and (several or cfg.parallel.pp > 1):
         raise UserError(
             f"data.micro_batch_size={cfg.data.micro_batch_size}: the model has spectral norm ({iterating[0]}), which improves its estimate once a "
             f"micro-batch, so the loss would depend on their number; write data.micro_batch_size=null (a rank's share, {share}) without parallel.pp, "

@@ -25,7 +25,7 @@ from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import context_attention, tp_rules
-from paratrain.parallel.tp_split import Split, gather
+from paratrain.parallel.tp_split import Split, plain
 
 _POSITIONS = ("positions", "position_ids")
 
@@ -296,4 +296,4 @@ def _changed(one: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def _leaves(outputs: Any) -> list[torch.Tensor]:
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return [gather(leaf) if isinstance(leaf, Split) else leaf for leaf in leaves]
+    return [plain(leaf) for leaf in leaves]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from paratrain.errors import UserError
-from paratrain.parallel.tp_rules import plain
+from paratrain.parallel.tp_split import plain
 
 
 @dataclass(frozen=True)

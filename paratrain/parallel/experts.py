@@ -28,7 +28,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from paratrain import gradients
-from paratrain.build import model_fn
 from paratrain.compat import local_box
 from paratrain.config import Config
 from paratrain.distributed import rank
@@ -143,15 +142,13 @@ def lines(plan: Plan, ep: int) -> list[str]:
     return text
 
 
-def describe(cfg: Config) -> str:
-    """The experts of the model of a configuration, and which ranks of ep hold them, without building more than shapes."""
-    with torch.device("meta"):
-        model = model_fn(cfg)()
+def describe(model: nn.Module, cfg: Config) -> str:
+    """The experts of a model, whose tensors are on meta, and which ranks of ep hold them under a configuration."""
     plan, ep = planned(model, cfg), cfg.parallel.ep
     everything = sum(param.numel() for param in model.parameters())
     dealt = sum(param.numel() for name in plan for param in model.get_submodule(name).parameters())
     head = f"{type(model).__name__}: {everything:,} parameters, {everything - dealt + dealt // ep:,} on a rank before sharding"
-    return "\n".join([head, *(lines(plan, ep) or ["no experts are dealt to ranks: parallel.ep=1"])])
+    return "\n".join([head, *lines(plan, ep)])
 
 
 def place(model: nn.Module, mesh: Mesh, plan: Plan, forms: Mapping[str, torch.Tensor], device: torch.device) -> Experts:

@@ -68,7 +68,7 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     holders = _holders(model, ready, units, positions, cfg.pipeline.place, planned)
     mine = mesh.root["pp"].get_local_rank()
     if distributed.rank() == 0:
-        log.info("pipeline stages (%s):\n  %s", cfg.pipeline.schedule, "\n  ".join(_lines(planned, units, firsts)))
+        log.info("%s", _text(planned, units, firsts, cfg))
     drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
     held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
     return Cut(ready, planned, holders, state, held)
@@ -77,14 +77,17 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
 def describe(model: nn.Module, cfg: Config) -> str:
     """The stages of a model under a configuration."""
     planned, units, _, firsts = _planned(model, blocks.find(model, cfg.memory.blocks), cfg)
-    return "\n".join([f"pipeline stages ({cfg.pipeline.schedule}):", *(f"  {line}" for line in _lines(planned, units, firsts))])
+    return _text(planned, units, firsts, cfg)
 
 
-def _lines(planned: pipeline_schedule.Plan, units: Sequence[tuple[str, nn.Module]], firsts: list[int]) -> Iterator[str]:
+def _text(planned: pipeline_schedule.Plan, units: Sequence[tuple[str, nn.Module]], firsts: list[int], cfg: Config) -> str:
+    lines = [f"pipeline stages ({cfg.pipeline.schedule}):"]
     for stage, (first, end) in enumerate(itertools.pairwise([*firsts, len(units)])):
         names = [name for name, _ in units[first:end]]
         weights = sum(param.numel() for _, block in units[first:end] for param in block.parameters())
-        yield f"{stage} on rank {planned.rank_of[stage]} of pp: {' ... '.join(dict.fromkeys((names[0], names[-1])))}, {weights:,} parameters in blocks"
+        shown = " ... ".join(dict.fromkeys((names[0], names[-1])))
+        lines.append(f"{stage} on rank {planned.rank_of[stage]} of pp: {shown}, {weights:,} parameters in blocks")
+    return "\n  ".join(lines)
 
 
 def _planned(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
-from paratrain.parallel.tp_split import Split, gather
+from paratrain.parallel.tp_split import plain
 
 
 class Slot(NamedTuple):
@@ -231,7 +231,7 @@ class Visit:
         if value is None or isinstance(value, Ghost):
             origin = value.origin if value is not None else "a weight"
             raise self.misplaced(origin)
-        return gather(value) if isinstance(value, Split) else value  # messages hold whole tensors
+        return plain(value)  # messages hold whole tensors
 
     def misplaced(self, origin: str) -> UserError:
         return UserError(

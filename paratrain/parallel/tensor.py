@@ -105,20 +105,18 @@ class Placed:
                 param.to_local().copy_(self.kept(name, param.detach()).to_local())
 
 
-def planned(model: nn.Module, mesh: Mesh, cfg: Config) -> Plan | None:
-    """The plan for the whole of `model`, made before stages of a pipeline divide it; None without tensor parallelism."""
-    axis = mesh.root["tp"]
-    if axis.size() == 1:
+def planned(model: nn.Module, cfg: Config) -> Plan | None:
+    """The plan for the whole of `model`, whose tensors are on meta, made before stages of a pipeline divide it; None without tensor
+    parallelism."""
+    if cfg.parallel.tp == 1:
         return None
     shardable_attention(model)
-    return make(model, cfg, Peers(axis.get_group(), axis.get_local_rank(), axis.size(), cfg.parallel.sp))
+    return make(model, cfg, Peers(None, 0, cfg.parallel.tp, cfg.parallel.sp))
 
 
-def describe(model: nn.Module, cfg: Config) -> str:
-    """The plan for a model, whose tensors are on meta, under a configuration."""
-    shardable_attention(model)
-    plan = make(model, cfg, Peers(None, 0, cfg.parallel.tp, cfg.parallel.sp))
-    return "\n".join([f"tensor parallel plan ({plan.source}):", *(f"  {line}" for line in plan.lines())])
+def describe(plan: Plan) -> str:
+    """A plan for people to read."""
+    return "\n  ".join([f"tensor parallel plan ({plan.source}):", *plan.lines()])
 
 
 def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts: Collection[str] = ()) -> Placed:
@@ -136,19 +134,20 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts:
     axis = mesh.root["tp"]
     peers = Peers(axis.get_group(), axis.get_local_rank(), axis.size(), cfg.parallel.sp, _on_gather(plan))
     if rank() == 0:
-        log.info("tensor parallel plan (%s):\n  %s", plan.source, "\n  ".join(plan.lines()))
+        log.info("%s", describe(plan))
     params = dict(model.named_parameters(remove_duplicate=False))
     # by identity: tied weights are split alike
     split = {id(params[name]): placement for name, placement in plan.placements.items() if name in params}
     apart = tuple(f"{name}." for name in experts)
     for name in plan.placements:
-        if name.startswith(apart) and apart:
+        if name.startswith(apart):
             raise UserError(f"parallel.tp_plan: {name} is of experts that parallel.ep deals to ranks whole; leave it out of the plan")
-    # of all stages: whoever gathers the whole model puts every weight in the user's order
-    orders = {name: (p.dim, torch.tensor(order(p.parts, peers))) for name, p in plan.placements.items() if len(p.parts) > 1}
+    # those of all stages, because whoever gathers the whole model puts every weight in the user's order; and by every name they have here
+    known = {**plan.placements, **{name: split[id(param)] for name, param in params.items() if id(param) in split}}
+    orders = {name: (p.dim, torch.tensor(order(p.parts, peers))) for name, p in known.items() if len(p.parts) > 1}
     made: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):  # `params` keeps what is replaced alive, so that no id comes twice
-        if apart and f"{path}.".startswith(apart):
+        if f"{path}.".startswith(apart):
             continue
         how: dict[str, Placement] = {}
         for leaf, param in module._parameters.items():
@@ -161,8 +160,6 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts:
                 how[leaf] = placement
             if id(param) not in made:
                 made[id(param)] = _distributed(param, placement, axis)
-            if placement is not None and len(placement.parts) > 1:
-                orders[name] = placement.dim, torch.tensor(order(placement.parts, peers))
             setattr(module, leaf, made[id(param)])
         if any(True for _ in module._parameters.values()):
             module.__dict__["_tensor_parallel"] = (peers, how, path)

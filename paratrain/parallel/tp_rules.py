@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paratrain.compat import plain_functions
 from paratrain.errors import UserError
-from paratrain.parallel.tp_split import Parts, Split, enter, gather, node_of, own_randomness, part_of, reduce, scatter
+from paratrain.parallel.tp_split import Parts, Split, enter, gather, node_of, own_randomness, part_of, plain, reduce, scatter
 
 Rule = Callable[[Any, tuple, dict], Any]
 RULES: dict[str, Rule] = {}
@@ -305,11 +305,6 @@ def _group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     weight, bias = (None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias))
     eps = argument(args, kwargs, 4, "eps", 1e-5)
     return split.like(func(part_of(split), groups // split.peers.size, weight, bias, eps))
-
-
-def plain(tensor: Any) -> Any:
-    """The whole of a tensor that is split over ranks; anything else as it is."""
-    return gather(tensor) if isinstance(tensor, Split) else tensor
 
 
 # ------------------------------------------------------------------ reductions

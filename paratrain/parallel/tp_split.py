@@ -161,6 +161,11 @@ def gather(split: Split) -> Tensor:
     return _Gather.apply(part_of(split), split.split_dim, split.parts, split.peers)
 
 
+def plain(value: Any) -> Any:
+    """The whole of a tensor that is split over ranks; anything else as it is."""
+    return gather(value) if isinstance(value, Split) else value
+
+
 def gather_and_enter(split: Split) -> Tensor:
     """`enter(gather(split))` in one collective each way; several uses of one tensor share them."""
     known = getattr(split, "_entered", None)
