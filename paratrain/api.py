@@ -63,7 +63,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
-        return backends.build(planned, loss_fn, optimizers, axes, cfg, device, blueprint)
+        return backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
     return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 

@@ -12,6 +12,7 @@ from paratrain.config import (
     Config,
     CustomData,
     DeepSpeed,
+    DeepSpeedZero1,
     DeepSpeedZero3,
     FairScale,
     Foreign,
@@ -212,12 +213,15 @@ def _foreign(cfg: Config) -> Faults:
         return
     name = cfg.strategy.name
     if cfg.parallel.pp > 1 and isinstance(strategy, DeepSpeed):
-        reason = (
-            f"{cfg.parallel.pp}, but strategy={name} is data parallel only: DeepSpeed's own pipeline averages the means of micro-batches and ranks, which is "
-            "wrong for masked batches, and refuses ZeRO-2 and 3 ('ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism'); "
-            f"write strategy=fsdp parallel.pp={cfg.parallel.pp}, or leave it out"
-        )
-        yield Fault("parallel.pp", reason), ("strategy",)
+        if not isinstance(strategy, DeepSpeedZero1):
+            reason = (
+                f"{cfg.parallel.pp}, but DeepSpeed says 'ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism'; "
+                f"write strategy=deepspeed_zero1 with it, or strategy=zero{name[-1]}, which shards under pp too"
+            )
+            yield Fault("parallel.pp", reason), ("strategy",)
+        if cfg.pipeline.schedule != "1f1b":
+            reason = f"{cfg.pipeline.schedule}, but strategy={name} runs DeepSpeed's own, which is 1f1b; write that, or strategy=zero1"
+            yield Fault("pipeline.schedule", reason), ("strategy",)
     for axis in ("dp_replicate", "cp", "tp", "ep", *(["pp"] if isinstance(strategy, FairScale) else [])):
         if getattr(cfg.parallel, axis) not in (None, 1):
             reason = f"{getattr(cfg.parallel, axis)}, but strategy={name} is data parallel only; write strategy=fsdp, or leave it out"

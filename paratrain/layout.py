@@ -101,7 +101,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     activations.apply(units, cfg)
     if isinstance(cfg.strategy, Foreign):  # its package wraps the model together with the optimizers, see `backends`
         backends.fill(planned, cfg, device)
-        return Layout(model, model)
+        return Layout(model, model, pipeline=backends.pipeline(stages, mesh, cfg, device) if stages else None)
     if is_sharded(mesh, cfg):
         sharded = shard(model, units, mesh, cfg, dealt.modules)
         materialise.fill(planned, cfg, device)

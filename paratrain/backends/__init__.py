@@ -20,9 +20,11 @@ from paratrain.errors import UserError
 
 if TYPE_CHECKING:
     from paratrain.engine import Engine
+    from paratrain.layout import Layout
     from paratrain.loss import Loss
     from paratrain.mesh import Mesh
     from paratrain.parallel.materialise import Plan
+    from paratrain.parallel.pipeline import Cut, Pipeline
 
 
 def check(cfg: Config, device: torch.device) -> None:
@@ -51,8 +53,16 @@ def fill(planned: Plan, cfg: Config, device: torch.device) -> None:
         materialise.fill(planned, cfg, device)
 
 
+def pipeline(made: Cut, mesh: Mesh, cfg: Config, device: torch.device) -> Pipeline:
+    """What runs the steps over the stages of a model: of DeepSpeed, which alone has one."""
+    from paratrain.backends.deepspeed_pipeline import DeepSpeedPipeline
+
+    return DeepSpeedPipeline(made, mesh, cfg, device)
+
+
 def build(
     planned: Plan,
+    laid_out: Layout,
     loss_fn: Loss,
     optimizers: list[torch.optim.Optimizer],
     mesh: Mesh,
@@ -62,10 +72,13 @@ def build(
 ) -> Engine:
     """The engine of `cfg.strategy`. Arguments as of `Engine`.
 
+    Args:
+        laid_out: what `layout.apply` returned: the model, and its stages.
+
     Raises:
         UserError: for a model or optimizers that it cannot train.
     """
-    return _module(cfg.strategy).build(planned, loss_fn, optimizers, mesh, cfg, device, blueprint)
+    return _module(cfg.strategy).build(planned, laid_out, loss_fn, optimizers, mesh, cfg, device, blueprint)
 
 
 def replace_layers(model: nn.Module, twin: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -23,6 +23,7 @@ from torch import nn
 
 from paratrain.backends import deepspeed_state, streams_weights
 from paratrain.backends.deepspeed_config import generate
+from paratrain.backends.deepspeed_pipeline import DeepSpeedPipeline
 from paratrain.config import Config, DeepSpeed
 from paratrain.distributed import rank
 from paratrain.engine import Engine, Scalar
@@ -70,6 +71,7 @@ def check(cfg: Config, device: torch.device) -> None:
 
 def build(
     planned: Plan,
+    laid_out: Layout,
     loss_fn: Loss,
     optimizers: list[torch.optim.Optimizer],
     mesh: Mesh,
@@ -85,7 +87,7 @@ def build(
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, for one process without a launcher too
     optimizer = _checked(optimizers, cfg)
-    config = generate(cfg, mesh.data.size())
+    config = generate(cfg, dist.get_world_size())
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)  # DeepSpeed's calls
     with _quiet(cfg) as log_file:
         import deepspeed
@@ -97,8 +99,13 @@ def build(
             for module in materialise.stream(planned, device):
                 if next(module.parameters(recurse=False), None) is not None:
                     deepspeed.zero.Init(module=module, config_dict_or_path=config, zero_param_parallel_group=_secondary(cfg))
-        inner, *_ = deepspeed.initialize(model=planned.model, optimizer=optimizer, config=config, dist_init_required=False)
-    return DeepSpeedEngine(inner, loss_fn, [inner.optimizer.optimizer], mesh, cfg, device, blueprint, log_file)
+        stages = laid_out.pipeline
+        assert stages is None or isinstance(stages, DeepSpeedPipeline)
+        model = stages.module() if stages else planned.model
+        inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if stages:
+        stages.drive(inner)
+    return DeepSpeedEngine(planned.model, inner, stages, loss_fn, [inner.optimizer.optimizer], mesh, cfg, device, blueprint, log_file)
 
 
 class DeepSpeedEngine(Engine):
@@ -113,11 +120,27 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(
-        self, inner: Any, loss_fn: Loss, optimizers: list, mesh: Mesh, cfg: Config, device: torch.device, blueprint: Any, log_file: Path
+        self,
+        model: nn.Module,
+        inner: Any,
+        stages: DeepSpeedPipeline | None,
+        loss_fn: Loss,
+        optimizers: list,
+        mesh: Mesh,
+        cfg: Config,
+        device: torch.device,
+        blueprint: Any,
+        log_file: Path,
     ):
-        layout = Layout(inner.module, inner, average=mesh.data.size(), backward=self._deepspeed_backward)
+        ranks = mesh.data.size()
+        layout = (
+            Layout(model, stages.forward, average=ranks, reduce=stages.reduce, pipeline=stages)
+            if stages
+            else Layout(model, inner, average=ranks, backward=self._deepspeed_backward)
+        )
         super().__init__(layout, loss_fn, optimizers, mesh, cfg, device, blueprint)
         self.deepspeed, self.log_file = inner, log_file
+        self._step = stages.update if stages else inner.step  # clips and updates
         self._params = [param for param in self.model.parameters() if param.requires_grad]
         if cfg.precision.name == "16-mixed":
             self._policy = Policy(torch.float16)  # DeepSpeed keeps float32 masters and computes with float16 weights, without autocast
@@ -127,13 +150,14 @@ class DeepSpeedEngine(Engine):
             raise UserError("no gradients yet: call engine.backward(loss) before clipping")
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
+        self._layout.reduce(self._params)
         totals, _ = self._sum_totals()
         zero = self.deepspeed.optimizer
         zero.clip_grad = max_norm or 0.0
         zero.loss_scale = self.scaler.scale * (float(totals[1]) or 1.0) / self._unit
         try:
             with _redirected(self.log_file):
-                self.deepspeed.step()
+                self._step()
         finally:
             zero.loss_scale = 1.0
         norm = math.nan if zero.overflow else float(zero._global_grad_norm)
@@ -149,7 +173,9 @@ class DeepSpeedEngine(Engine):
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         state = {}
-        for name, value in deepspeed_state.model_tensors(self.deepspeed, self.model):
+        entries = deepspeed_state.model_tensors(self.deepspeed, self.model)
+        stages = self._layout.pipeline
+        for name, value in entries if stages is None else stages.whole_state(entries, torch.float32):
             if self.is_main_process:
                 state[name] = value.detach().cpu().clone()
         return state

@@ -69,8 +69,12 @@ def generate(cfg: Config, ranks: int) -> dict[str, Any]:
 
 
 def _generated(cfg: Config, options: DeepSpeed, ranks: int) -> dict[str, Any]:
+    stages = cfg.parallel.pp
+    ranks //= stages  # of data
     share = -(-cfg.data.global_batch // ranks)
     asked = cfg.data.micro_batch_size
+    if stages > 1 and asked is None:
+        asked = -(-share // (cfg.pipeline.micro_batches or 2 * stages))
     micro = min(asked, share) if isinstance(asked, int) else share
     accumulation = -(-share // micro)
     name = cfg.precision.name
@@ -79,7 +83,7 @@ def _generated(cfg: Config, options: DeepSpeed, ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * ranks,
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": stages > 1,  # its pipeline insists
         "gradient_clipping": cfg.trainer.clip_norm or 0.0,
         "zero_optimization": _zero(options),
         "zero_allow_untested_optimizer": True,

@@ -89,6 +89,7 @@ def native_layers(model: nn.Module) -> nn.Module:
 
 def build(
     planned: Plan,
+    laid_out: Layout,
     loss_fn: Loss,
     optimizers: list[torch.optim.Optimizer],
     mesh: Mesh,
@@ -108,7 +109,7 @@ def build(
                 f"optimizer._target_={type(optimizer).__name__}: strategy={name} would evaluate and export the weights that it trains, not their "
                 f"average; write strategy={_NATIVE[name]}"
             )
-    return FairScaleEngine(planned.model, loss_fn, [_sharded(optimizer, mesh) for optimizer in optimizers], mesh, cfg, device, blueprint)
+    return FairScaleEngine(laid_out.model, loss_fn, [_sharded(optimizer, mesh) for optimizer in optimizers], mesh, cfg, device, blueprint)
 
 
 class FairScaleEngine(Engine):

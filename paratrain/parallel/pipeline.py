@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +28,7 @@ from paratrain.mesh import Mesh
 from paratrain.parallel import blocks, pipeline_schedule
 from paratrain.parallel.pipeline_deferred import defer
 from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
-from paratrain.parallel.pipeline_split import Stages, drop, split
+from paratrain.parallel.pipeline_split import Crossing, Stages, drop, split
 
 log = logging.getLogger(__name__)
 _BUCKET = 32 << 20  # bytes of gradients reduced at once
@@ -42,14 +42,14 @@ class Cut:
         split: the model, able to run one stage at a time.
         planned: where stages are, and the schedule.
         holders: name of a parameter, by every name it has, -> pipeline ranks that hold it.
-        state: name -> (shape, dtype) of every entry of the whole model's state_dict, in its order.
+        state: name -> shape of every entry of the whole model's state_dict, in its order.
         units: the blocks that this rank holds.
     """
 
     split: Stages
     planned: pipeline_schedule.Plan
     holders: dict[str, tuple[int, ...]]
-    state: dict[str, tuple[torch.Size, torch.dtype]]
+    state: dict[str, torch.Size]
     units: list[tuple[str, nn.Module]]
 
 
@@ -63,7 +63,7 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
         UserError: too few blocks, or `pipeline.cuts` or `pipeline.place` that name nothing.
     """
     planned, units, positions, firsts = _planned(model, units, cfg)
-    state = {name: (value.shape, value.dtype) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     ready = split(model, [name for name, _ in units], firsts, device)
     holders = _holders(model, ready, units, positions, cfg.pipeline.place, planned)
     mine = mesh.root["pp"].get_local_rank()
@@ -285,15 +285,19 @@ class Pipeline:
         dist.broadcast_object_list(box, group=self.group, group_src=planned_last(self._made))
         return box[0]
 
-    def _pass(self, calls: Sequence[tuple[Any, Callable]], around: Any, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
+    def _kinds(self, calls: Sequence[tuple[Any, Callable]]) -> tuple[list[Any], list[list[Crossing]]]:
+        """For each micro-batch what its shapes depend on, and what crosses the boundaries."""
         kinds = [kind_of(inputs, self.model.training) for inputs, _ in calls]
-        routes = [self.split.route(structure, call) for (structure, _), (_, call) in zip(kinds, calls, strict=True)]
+        return [shapes for _, shapes in kinds], [self.split.route(kind, call) for (kind, _), (_, call) in zip(kinds, calls, strict=True)]
+
+    def _pass(self, calls: Sequence[tuple[Any, Callable]], around: Any, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
+        kinds, routes = self._kinds(calls)
         run = Pass(
             self.split,
             self._wire,
             self.planned.rank_of,
             [call for _, call in calls],
-            [shapes for _, shapes in kinds],
+            kinds,
             routes,
             around,
             finish,
@@ -365,13 +369,27 @@ class Pipeline:
 
     # ------------------------------------------------------------------ state
 
-    def whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every entry of the model's state_dict, whole, on global rank 0; elsewhere whatever is here. Every rank must iterate it."""
-        state = self.model.state_dict()
+    def whole_state(
+        self, entries: Iterable[tuple[str, torch.Tensor]] | None = None, trained: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every entry of the model's state_dict, whole, on global rank 0; elsewhere whatever is here. Every rank must iterate it.
+
+        Args:
+            entries: what to take in the place of `model.state_dict()`, in its order.
+            trained: dtype of trained parameters among them; None: their own.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        own = {
+            name: trained if trained and value.requires_grad else value.dtype
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        dtypes = {name: dtype for part in self.everywhere(own) for name, dtype in part.items()}
+        values = iter(self.model.state_dict().items() if entries is None else entries)
         column = dist.get_process_group_ranks(self.group)
-        for name, (shape, dtype) in self._made.state.items():
+        for name, shape in self._made.state.items():
             holder = self._made.holders.get(name, self._buffer_holder(name))[0]
-            value = state.get(name)
+            value = next(value for key, value in values if key == name) if name in own else None
             if isinstance(value, DTensor) and holder == self.rank:
                 value = value.full_tensor()
             if holder and column[0] == 0:
@@ -379,7 +397,7 @@ class Pipeline:
                     assert value is not None
                     dist.send(_bytes(value.detach().contiguous()), group=self.group, group_dst=0)
                 elif self.rank == 0:
-                    value = torch.empty(shape, dtype=dtype, device=self._wire.device)
+                    value = torch.empty(shape, dtype=dtypes[name], device=self._wire.device)
                     dist.recv(_bytes(value), group=self.group, group_src=holder)
             if value is not None:
                 yield name, value

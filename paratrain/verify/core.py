@@ -83,7 +83,7 @@ def verify(
         notes.append(
             f"under {', '.join(split)} a rank holds parts of tensors: {parts} are not compared; dropout and the step after a resume are not looked at"
         )
-    elif "hidden" in traces[0].extra:
+    if "gradient" in traces[0].extra["hidden"]:
         notes.append(
             f"strategy={cfg.strategy.name} does not show every rank's gradients: what it does not show is compared by the norm and the updates"
         )

@@ -100,12 +100,11 @@ class Recorder:
     def __init__(self, engine: Engine, zoom: frozenset[Key] = frozenset(), randomness: bool = False):
         self.engine, self.zoom, self.randomness = engine, zoom, randomness
         self.trace = Trace(place=_place(engine))
-        if isinstance(engine.cfg.strategy, Foreign):
-            self.trace.extra |= {"hidden": _GRADIENTS, "partial": _GRADIENTS}  # a rank has some of them, or none
+        foreign = _GRADIENTS if isinstance(engine.cfg.strategy, Foreign) else ()  # a rank has some of them, or none
+        self.trace.extra |= {"hidden": foreign, "partial": foreign}
         if is_split(engine):  # a stage has the gradients of its weights, rank 0 the weights of all
-            self.trace.extra["hidden"] = ("optimizer state", "buffer", "initial buffer", *(["activation"] * cuts_activations(engine)))
-            self.trace.extra["partial"] = ("weight", "initial weight", *_GRADIENTS)
-            self.trace.extra["split"] = True
+            cut = ("optimizer state", "buffer", "initial buffer", *(["activation"] * cuts_activations(engine)))
+            self.trace.extra |= {"hidden": (*foreign, *cut), "partial": ("weight", "initial weight", *_GRADIENTS), "split": True}
         self.micro = -1
         self.sizes: list[tuple[int, int]] = []  # (samples, those that count) of each micro-batch
         self.calls: Counter[str] = Counter()
