@@ -81,6 +81,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     model, ranks = planned.model, mesh.weights.size()
     _refuse_sparse_gradients(model)
     _refuse_weights_that_forward_changes(model, mesh)
+    _refuse_to_split_compiled(model, mesh, cfg)
     batch_norm.refuse_accumulation(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     plan = tensor.planned(model, cfg)
@@ -180,4 +181,17 @@ def _refuse_weights_that_forward_changes(model: nn.Module, mesh: Mesh) -> None:
         raise UserError(
             f"model: {changing[0]} rescales its weights in forward (max_norm), on each rank the rows of that rank's samples, so the ranks would "
             "train different weights; build it with max_norm=None, or train with one process"
+        )
+
+
+def _refuse_to_split_compiled(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("model: it is compiled by TorchScript as a whole; build it without torch.jit.script, and write compile=true")
+    axes = [axis for axis in ("pp", "ep", "cp", "tp") if getattr(cfg.parallel, axis) > 1]
+    asked = f"parallel.{axes[0]}={getattr(cfg.parallel, axes[0])}" if axes else f"strategy={cfg.strategy.name}"
+    compiled = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if compiled and (axes or is_sharded(mesh, cfg)):
+        raise UserError(
+            f"{asked}: {compiled[0]} is compiled by TorchScript, and nothing can split what is inside; build it without torch.jit.script "
+            "(compile=true compiles blocks under every layout), or write strategy=ddp"
         )

@@ -14,8 +14,9 @@ from reference import Tiny, config, token_batches, token_loss, train_by_hand
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from paratrain import verify
 from paratrain.api import setup
-from paratrain.config import DDP, LossScale, Precision, Scheduler
+from paratrain.config import DDP, FSDP, LossScale, Parallel, Precision, Scheduler
 from paratrain.errors import UserError
 from paratrain.spawn import run
 
@@ -516,3 +517,25 @@ def test_embeddings_that_rescale_their_weights_are_refused_on_several_ranks():
 
     run(body, 2)
     setup(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), token_loss, config())
+
+
+def test_modules_compiled_by_torchscript_train_unsplit():
+    build = seeded(lambda: nn.Sequential(nn.Linear(4, 5), torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())), nn.Linear(5, 2)))
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randn(8, width, generator=generator, dtype=torch.float64) for width in (4, 2)) for _ in range(3)]
+
+    def loss_fn(outputs, targets):
+        return (outputs - targets).square().sum(), len(targets)
+
+    def body():
+        for key, other in {"strategy=fsdp": {"strategy": FSDP()}, "parallel.tp=2": {"parallel": Parallel(tp=2)}}.items():
+            with pytest.raises(UserError, match=f"{key}: 1 is compiled by TorchScript, .* write strategy=ddp"):
+                setup(build, loss_fn, config(**other))
+        with pytest.raises(UserError, match="compiled by TorchScript as a whole"):
+            setup(lambda: torch.jit.script(build()), loss_fn, config())
+        return train(config(2), batches, build, loss_fn)
+
+    found, _ = run(body, 2)
+    assert_same(found, train_by_hand(build().double(), batches, loss_fn=loss_fn))
+    report = verify(build, loss_fn, batches[0], config(), ranks=2)
+    assert report.ok, report.text()

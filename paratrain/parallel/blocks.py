@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -86,7 +87,7 @@ def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.M
     found: dict[nn.Module, None] = {}
     for pattern in patterns:
         matches = [m for m, name in names.items() if name and (fnmatchcase(name, pattern) or fnmatchcase(type(m).__name__, pattern))]
-        usable = [m for m in matches if type(m).forward is not nn.Module.forward and _has_parameters(m)]
+        usable = [m for m in matches if _has_forward(m) and _has_parameters(m)]
         if not usable:
             why = "matches only containers without a forward or without parameters" if matches else "matches no module"
             classes = dict.fromkeys(type(m).__name__ for m in names if any(m.children()))
@@ -103,7 +104,7 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
     children = [child for child in dict.fromkeys(module.children()) if _has_parameters(child)]
     is_stack = isinstance(module, _STACKS)
     eligible = [child for child in children if any(child.children()) or (leaves and is_stack)]
-    eligible = [child for child in eligible if type(child).forward is not nn.Module.forward]
+    eligible = [child for child in eligible if _has_forward(child)]
     classes = Counter(map(_class, eligible))
     like = Counter(map(structure, eligible)) if is_stack else Counter()
     repeated = {_class(child) for child in eligible if like[structure(child)] > 1} if is_stack else set()
@@ -118,6 +119,11 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
         elif child in eligible and classes[_class(child)] > 1 and not isinstance(module, nn.ModuleDict):
             found.append(child)
     return found
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether it is called, and from Python: no list of modules, and nothing that TorchScript compiled, which belongs to what calls it."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -216,8 +216,7 @@ def _guesses(model: nn.Module, device: str) -> Iterator[Any]:
     if isinstance(dummy := getattr(model, "dummy_inputs", None), dict):
         yield {name: torch.ones_like(value, device=device) for name, value in dummy.items()}  # some are on the device of the model: meta
     lengths = [8, *(n for n in numbers if 2 <= n <= 4096)]
-    kinds = [type(module) for module in model.modules()]
-    if nn.Embedding in kinds or any(issubclass(kind, nn.Embedding) for kind in kinds):
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules()):
         for length in lengths:
             tokens = torch.zeros(2, length, dtype=torch.int64, device=device)
             yield {"input_ids": tokens, "decoder_input_ids": tokens} if translates else (tokens,) * count

@@ -113,6 +113,8 @@ class Recorder:
         if not cuts_activations(engine):
             self._root_hooks()
             for name, module in engine.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                    continue
                 if randomness:
                     self._watch_randomness(name, module)
                 else:
