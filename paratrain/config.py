@@ -79,7 +79,7 @@ class Pipeline:
     )
     place: dict = key(
         {},
-        "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where they are defined among the blocks",
+        "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where forward uses them",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import VOCAB, config, token_batches, token_loss
+from reference import LENGTH, VOCAB, config, token_batches, token_loss
 from test_pipeline import assert_same, by_hand, gpt, logit_loss, piped, skips, train
 from torch import nn
 
@@ -221,6 +221,36 @@ def refused(message, cfg, build=small, batch=None, loss_fn=token_loss, ranks=2):
 
     with pytest.raises(RuntimeError, match=message):
         run(body, ranks)
+
+
+class Elsewhere(nn.Module):
+    """Weights that are not used where they are defined: tied through a function, read twice, a query that crosses, a norm before its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.norm = nn.LayerNorm(8)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.query = nn.Embedding(LENGTH, 8)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(4))
+        self.start = nn.Parameter(torch.rand(8))
+
+    def forward(self, tokens):
+        query = self.query.weight[: tokens.shape[1]].expand(len(tokens), -1, -1)
+        x = self.embed(tokens) + self.start * self.scale.to(self.norm.weight.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return torch.nn.functional.linear(self.norm(x + query) * self.scale, self.embed.weight)
+
+
+def test_weights_are_held_where_they_are_used():
+    batches = token_batches(4, 8, True)
+    layouts = [piped(2, micro=2), piped(4, micro=2), piped(2, "zbv", micro=2), piped(2, micro=2, parallel=Parallel(pp=2, tp=2))]
+    layouts.append(piped(2, micro=2, strategy=FSDP()))
+    expected = by_hand(Elsewhere, batches)
+    for results in zip(*run(lambda: [train(cfg, batches, Elsewhere) for cfg in layouts], 4, timeout=300), strict=True):
+        assert_same(results, expected)
 
 
 def test_refusals_name_the_fix():

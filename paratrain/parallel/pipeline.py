@@ -25,7 +25,7 @@ from paratrain.compat import finish_backward
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel import blocks, pipeline_schedule
+from paratrain.parallel import blocks, pipeline_schedule, pipeline_uses
 from paratrain.parallel.pipeline_deferred import defer
 from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
 from paratrain.parallel.pipeline_split import Crossing, Stages, drop, split
@@ -92,7 +92,7 @@ def _text(planned: pipeline_schedule.Plan, units: Sequence[tuple[str, nn.Module]
 
 def _planned(
     model: nn.Module, units: Sequence[tuple[str, nn.Module]], cfg: Config
-) -> tuple[pipeline_schedule.Plan, list[tuple[str, nn.Module]], dict[str, int], list[int]]:
+) -> tuple[pipeline_schedule.Plan, list[tuple[str, nn.Module]], dict[str, list[int]], list[int]]:
     """Where stages are, the blocks that nothing but stages divides, the positions of weights outside them, and each stage's first."""
     options = cfg.pipeline
     planned = pipeline_schedule.plan(options.schedule, cfg.parallel.pp, options.stages_per_rank)
@@ -107,24 +107,27 @@ def _planned(
     positions = _positions(model, units)
     costs = [float(sum(param.numel() for param in block.parameters())) for _, block in units]
     for name, param in model.named_parameters():
-        position = positions.get(name)
-        if position is not None:
-            costs[min(position, len(units) - 1)] += param.numel()
+        if name in positions:
+            costs[min(positions[name][0], len(units) - 1)] += param.numel()
     return planned, units, positions, _firsts([name for name, _ in units], costs, stages, options.cuts)
 
 
-def _positions(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> dict[str, int]:
-    """Name of each parameter outside the blocks -> how many blocks are defined before it."""
+def _positions(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> dict[str, list[int]]:
+    """Name of each parameter outside the blocks -> how many blocks are done where forward uses it.
+
+    Found by running it once; where nothing shows what inputs it takes, how many blocks are defined before the parameter.
+    """
     cuttable = {block for _, block in units}
     inside = {module for block in cuttable for module in block.modules()}
-    positions, seen = {}, 0
+    defined, seen = {}, 0
     for path, module in model.named_modules(remove_duplicate=False):
         seen += module in cuttable
         if module not in inside:
             for key, param in module._parameters.items():
                 if param is not None:
-                    positions[f"{path}.{key}" if path else key] = seen
-    return positions
+                    defined[f"{path}.{key}" if path else key] = seen
+    used = pipeline_uses.find(model, [name for name, _ in units], list(defined))
+    return {name: used.get(name) or [position] for name, position in defined.items()}
 
 
 def _firsts(names: list[str], costs: list[float], stages: int, cuts: Sequence[str] | None) -> list[int]:
@@ -161,7 +164,7 @@ def _holders(
     model: nn.Module,
     ready: Stages,
     units: Sequence[tuple[str, nn.Module]],
-    positions: dict[str, int],
+    positions: dict[str, list[int]],
     place: dict[str, Any],
     planned: pipeline_schedule.Plan,
 ) -> dict[str, tuple[int, ...]]:
@@ -175,8 +178,7 @@ def _holders(
         if name not in positions:
             continue
         pattern = next((pattern for pattern in place if fnmatchcase(name, pattern)), None)
-        where = [min(positions[name], len(units) - 1)] if pattern is None else []
-        stages = {ready.stage(position) for position in where}
+        stages = {ready.stage(min(position, len(units) - 1)) for position in positions[name]}
         if pattern is not None:
             unused.discard(pattern)
             asked = place[pattern] if isinstance(place[pattern], list) else [place[pattern]]

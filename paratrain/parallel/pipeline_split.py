@@ -28,6 +28,8 @@ from paratrain.errors import UserError
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
 from paratrain.parallel.tp_split import plain
 
+_BLOCK, _MODULE = "a block", "a module"  # what computes a tensor, beside functions by their names
+
 
 class Slot(NamedTuple):
     """A tensor that the forward computes outside of the blocks, or that a block returns.
@@ -44,9 +46,10 @@ class Slot(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """A slot that some boundary carries: computed on stage `made`, last used on stage `used`."""
+    """A slot that some boundary carries: computed on stage `made` by operation `by`, last used on stage `used`."""
 
     slot: Slot
+    by: str
     made: int
     used: int
 
@@ -143,20 +146,23 @@ class Visit:
         plain = all(slot.event == -1 and slot.position == self.first - 1 for slot in values)
         plain = plain and all(slot.event == -1 and slot.position == self.last - 1 for slot in self.out)
         self.watch = None if plain else _Watch(self)
-        self.wanted = {*values, *self.out}
+        self.wanted = {crossing.slot: crossing.by for crossing in route if crossing.slot in values or crossing.slot in self.out}
         self.ghosts: dict[int, tuple[Ghost, Slot]] = {}
         self.position = self.event = 0
         self.inside = 0
         self.live = False
         self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-        if self.first:
-            for module, name, empty in split.swaps:
-                if (param := module._parameters.get(name)) is not None:
-                    self.kept.append((module, name, param))
-                    del module._parameters[name]
-                    module.__dict__[name] = empty
-        else:
+
+    def begin(self) -> None:
+        """Put ghosts in the places of the weights beside blocks until the first block of the stage; called once sharded ones are gathered."""
+        if not self.first:
             self.live = True
+            return
+        for module, name, empty in self.split.swaps:
+            if (param := module._parameters.get(name)) is not None:
+                self.kept.append((module, name, param))
+                del module._parameters[name]
+                module.__dict__[name] = empty
 
     def give_back(self) -> None:
         for module, name, param in self.kept:
@@ -178,7 +184,7 @@ class Visit:
                 result = call(*args, **kwargs)
             finally:
                 self.inside -= 1
-        result = self.keep(result, -1)
+        result = self.keep(result, -1, _BLOCK)
         self.position, self.event = index + 1, 0
         if self.position == self.first:
             self.live = True
@@ -197,14 +203,14 @@ class Visit:
             result = target(*args, **kwargs)
         finally:
             self.inside -= 1
-        return self.operation(result)
+        return self.operation(result, _MODULE)
 
-    def operation(self, result: Any) -> Any:
-        result = self.keep(result, self.event)
+    def operation(self, result: Any, by: str) -> Any:
+        result = self.keep(result, self.event, by)
         self.event += 1
         return result
 
-    def keep(self, result: Any, event: int) -> Any:
+    def keep(self, result: Any, event: int, by: str) -> Any:
         """Remember the slots in a result; put the values of a message in the places of their ghosts."""
         leaves, spec = tree_flatten(result)
         arrives = self.first == self.position + 1 and event == -1
@@ -212,6 +218,11 @@ class Visit:
             slot = Slot(self.position, event, number)
             if slot not in self.wanted or not isinstance(leaf, torch.Tensor):
                 continue
+            if self.wanted[slot] != by:
+                raise UserError(
+                    f"parallel.pp: forward does another operation outside of the blocks ({by}) than it did when its stages were found "
+                    f"({self.wanted[slot]}): it may ask what kind its tensors are; move this into a block, or train with parallel.pp=1"
+                )
             if not isinstance(leaf, Ghost) or self.live:  # a ghost made here hangs on a weight that should be here
                 self.values[slot] = leaf
             elif arrives and slot in self.values:
@@ -261,7 +272,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = visit.real((args, kwargs))
         result = func(*args, **kwargs)
-        return visit.operation(result) if _has_tensor(result) else result
+        return visit.operation(result, getattr(func, "__name__", str(func))) if _has_tensor(result) else result
 
 
 class _Trace:
@@ -271,6 +282,7 @@ class _Trace:
         self.split = split
         self.position = self.event = self.inside = 0
         self.made: dict[int, tuple[Ghost, Slot]] = {}
+        self.by: dict[Slot, str] = {}
         self.last_use: dict[Slot, int] = {}
         self.index = {_at(split.twin, name): index for index, name in enumerate(split.names)}
         self.seen: list[int] = []
@@ -305,20 +317,20 @@ class _Trace:
         if self.inside:
             return
         if module in self.index:
-            self._record(result, -1)
+            self._record(result, -1, _BLOCK)
             self.seen.append(self.index[module])
             self.position, self.event = self.position + 1, 0
         else:
-            self.operation(result)
+            self.operation(result, _MODULE)
 
     def real(self, tree: Any) -> Any:
         """Called before each operation outside of the blocks."""
         self._pending = tree
         return tree
 
-    def operation(self, result: Any) -> Any:
+    def operation(self, result: Any, by: str) -> Any:
         self.use(self.__dict__.pop("_pending", ()))
-        self._record(result, self.event)
+        self._record(result, self.event, by)
         self.event += 1
         return result
 
@@ -328,14 +340,15 @@ class _Trace:
                 slot = self.made[id(leaf)][1]
                 self.last_use[slot] = max(self.position, self.last_use.get(slot, 0))
 
-    def _record(self, result: Any, event: int) -> None:
+    def _record(self, result: Any, event: int, by: str) -> None:
         for number, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, Ghost) and id(leaf) not in self.made:
-                self.made[id(leaf)] = leaf, Slot(self.position, event, number)
+                slot = Slot(self.position, event, number)
+                self.made[id(leaf)], self.by[slot] = (leaf, slot), by
 
     def crossings(self) -> list[Crossing]:
         stages = ((slot, self.split.stage(slot.position), self.split.stage(use)) for slot, use in sorted(self.last_use.items()))
-        return [Crossing(slot, made, used) for slot, made, used in stages if made < used]
+        return [Crossing(slot, self.by[slot], made, used) for slot, made, used in stages if made < used]
 
 
 def _in_order(split: Stages, index: int, position: int) -> None:
@@ -513,6 +526,7 @@ class _Root(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         visit = self._split.visit
         assert visit is not None, "a stage runs only as part of a pipeline"
+        visit.begin()
         try:
             if visit.watch is None:
                 outputs = super().forward(*args, **kwargs)

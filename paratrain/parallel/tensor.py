@@ -213,7 +213,9 @@ class _ReadingParts(nn.Module):
         if isinstance(value, DTensor):
             peers, how, path = self.__dict__["_tensor_parallel"]
             if value.device_mesh.ndim == 1 and value.device_mesh.size() == peers.size:
-                local, placement = value.to_local(), how.get(name)
+                with torch._C.DisableTorchFunction():  # reading a weight is no operation of the forward, which stages of a pipeline number
+                    local = value.to_local()
+                placement = how.get(name)
                 name = f"{path}.{name}" if path else name
                 return local if placement is None else Split(local, placement.dim, placement.parts, peers, frozenset({name}))
         return value

@@ -1,0 +1,58 @@
+"""Where a forward uses the weights outside its blocks: which stages of a pipeline need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from paratrain import rng
+from paratrain.parallel import guess
+
+
+def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
+    """Each of `names` that one run of the forward uses -> how many blocks are done there, in order; a block counts itself as to be done.
+
+    Nothing where no inputs can be guessed for the model.
+    """
+    try:
+        twin, inputs = guess.runnable(model)
+    except guess.NoInputs:
+        return {}
+    params = dict(twin.named_parameters(remove_duplicate=False))
+    watch = _Watch({id(params[name]) for name in names})
+    for index, name in enumerate(blocks):
+        block = twin.get_submodule(name)
+        block.register_forward_pre_hook(watch.at(index))
+        block.register_forward_hook(watch.at(index + 1))
+    with rng.preserved(torch.device("cpu")), torch.no_grad(), watch:
+        guess.call(twin, inputs)
+    return {name: sorted(watch.found[id(params[name])]) for name in names if id(params[name]) in watch.found}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes at which position each parameter goes into a tensor."""
+
+    def __init__(self, params: set[int]):
+        super().__init__()
+        self.params = params
+        self.position = 0
+        self.found: dict[int, set[int]] = {}
+
+    def at(self, position: int) -> Any:
+        def hook(*ignored: Any) -> None:
+            self.position = position
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):  # and no question for its shape or dtype
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self.params:
+                    self.found.setdefault(id(leaf), set()).add(self.position)
+        return result
