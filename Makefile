@@ -12,11 +12,11 @@ train: .venv/installed
 
 # What CI runs: style, types, and every test that takes seconds.
 test: lint
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every test, the minutes-long ones too.
 test-slow: .venv/installed
-	$(RUN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 
 # Known vulnerabilities of what is installed. Asks PyPI, and fails where it gets no answer.
 audit: .venv/installed

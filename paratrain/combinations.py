@@ -224,7 +224,7 @@ def _foreign(cfg: Config) -> Faults:
             yield Fault("pipeline.schedule", reason), ("strategy",)
     for axis in ("dp_replicate", "cp", "tp", "ep", *(["pp"] if isinstance(strategy, FairScale) else [])):
         if getattr(cfg.parallel, axis) not in (None, 1):
-            reason = f"{getattr(cfg.parallel, axis)}, but strategy={name} is data parallel only; write strategy=fsdp, or leave it out"
+            reason = f"{getattr(cfg.parallel, axis)}, but strategy={name} has no such axis; write strategy=fsdp, or leave it out"
             yield Fault(f"parallel.{axis}", reason), ("strategy",)
     if cfg.precision.name == "64-true" and isinstance(strategy, DeepSpeed):
         reason = f"64-true, but strategy={name} keeps its master weights in float32; write precision=fp32, or strategy=zero{name[-1]}"

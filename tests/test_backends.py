@@ -446,7 +446,7 @@ def test_refusals():
         checked(replace(two, precision=Precision("64-true")))
     with pytest.raises(ConfigError, match=r"data.micro_batch_size: auto tries sizes"):
         checked(replace(two, data=replace(two.data, micro_batch_size="auto")))
-    with pytest.raises(ConfigError, match=r"parallel.tp: 2, but strategy=deepspeed_zero2 is data parallel only"):
+    with pytest.raises(ConfigError, match=r"parallel.tp: 2, but strategy=deepspeed_zero2 has no such axis"):
         checked(replace(two, parallel=Parallel(tp=2)))
     assert "CUDA code" in message(cfg_of(DeepSpeedZero3(quantized_weights=True)))
     clash = {"gradient_clipping": 1.0, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "round_robin_gradients": True}}

@@ -14,6 +14,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from paratrain.backends import deepspeed_state, streams_weights
 from paratrain.backends.deepspeed_config import generate
-from paratrain.backends.deepspeed_pipeline import DeepSpeedPipeline
+from paratrain.backends.deepspeed_pipeline import DeepSpeedPipeline, spoiling_gradients
 from paratrain.config import Config, DeepSpeed
 from paratrain.distributed import rank
 from paratrain.engine import Engine, Scalar
@@ -103,9 +104,13 @@ def build(
         assert stages is None or isinstance(stages, DeepSpeedPipeline)
         model = stages.module() if stages else planned.model
         inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    ranks = mesh.data.size()
     if stages:
         stages.drive(inner)
-    return DeepSpeedEngine(planned.model, inner, stages, loss_fn, [inner.optimizer.optimizer], mesh, cfg, device, blueprint, log_file)
+        layout, update = Layout(planned.model, stages.forward, average=ranks, reduce=stages.reduce, pipeline=stages), stages.update
+    else:
+        layout, update = Layout(planned.model, inner, average=ranks, backward=partial(_backward, inner)), inner.step
+    return DeepSpeedEngine(inner, update, log_file, layout, loss_fn, [inner.optimizer.optimizer], mesh, cfg, device, blueprint)
 
 
 class DeepSpeedEngine(Engine):
@@ -117,32 +122,18 @@ class DeepSpeedEngine(Engine):
     Attributes:
         deepspeed: the `deepspeed.DeepSpeedEngine`.
         log_file: where DeepSpeed's output goes.
+
+    Args:
+        update: clips and updates.
+        engine: what an `Engine` takes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inner: Any,
-        stages: DeepSpeedPipeline | None,
-        loss_fn: Loss,
-        optimizers: list,
-        mesh: Mesh,
-        cfg: Config,
-        device: torch.device,
-        blueprint: Any,
-        log_file: Path,
-    ):
-        ranks = mesh.data.size()
-        layout = (
-            Layout(model, stages.forward, average=ranks, reduce=stages.reduce, pipeline=stages)
-            if stages
-            else Layout(model, inner, average=ranks, backward=self._deepspeed_backward)
-        )
-        super().__init__(layout, loss_fn, optimizers, mesh, cfg, device, blueprint)
+    def __init__(self, inner: Any, update: Callable[[], None], log_file: Path, *engine: Any):
+        super().__init__(*engine)
         self.deepspeed, self.log_file = inner, log_file
-        self._step = stages.update if stages else inner.step  # clips and updates
+        self._clip_and_update = update
         self._params = [param for param in self.model.parameters() if param.requires_grad]
-        if cfg.precision.name == "16-mixed":
+        if self.cfg.precision.name == "16-mixed":
             self._policy = Policy(torch.float16)  # DeepSpeed keeps float32 masters and computes with float16 weights, without autocast
 
     def clip_grad_norm_(self, max_norm: float | None) -> Scalar:
@@ -157,7 +148,7 @@ class DeepSpeedEngine(Engine):
         zero.loss_scale = self.scaler.scale * (float(totals[1]) or 1.0) / self._unit
         try:
             with _redirected(self.log_file):
-                self._step()
+                self._clip_and_update()
         finally:
             zero.loss_scale = 1.0
         norm = math.nan if zero.overflow else float(zero._global_grad_norm)
@@ -166,10 +157,6 @@ class DeepSpeedEngine(Engine):
 
     def _update(self) -> None:
         """It is done, in `clip_grad_norm_`."""
-
-    def _deepspeed_backward(self, loss: torch.Tensor) -> None:
-        """Backward of a scaled loss. One that is not finite makes every gradient so, for DeepSpeed to see and to leave the weights alone."""
-        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan), scale_wrt_gas=False)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         state = {}
@@ -185,6 +172,10 @@ class DeepSpeedEngine(Engine):
 
     def prepare(self, saved: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
         return deepspeed_state.prepare(self.deepspeed, self.model, self.mesh.data, saved)
+
+
+def _backward(inner: Any, loss: torch.Tensor) -> None:
+    inner.backward(spoiling_gradients(loss), scale_wrt_gas=False)
 
 
 def _checked(optimizers: list[torch.optim.Optimizer], cfg: Config) -> torch.optim.Optimizer:

@@ -103,8 +103,12 @@ class DeepSpeedPipeline(Pipeline):
     def _loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         assert self._step is not None
         loss = self._step.finish(self._step.number - 1, outputs) * self.engine.gradient_accumulation_steps()
-        # DeepSpeed finds an overflow in gradients alone
-        return _joined([loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)], self._step.arrived)[0]
+        return _joined([spoiling_gradients(loss)], self._step.arrived)[0]
+
+
+def spoiling_gradients(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that, where it is not finite, makes every gradient so: DeepSpeed looks at these alone before it lets the weights be."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class _Stage(nn.Module):
