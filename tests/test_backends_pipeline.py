@@ -48,7 +48,12 @@ def test_equals_one_process():
     def tied():
         return four_blocks(tied=True)
 
+    def bags():
+        torch.manual_seed(5)
+        return Bags()
+
     models = [
+        (bags, token_loss, {}, batches),
         (four_blocks, token_loss, {}, batches),
         (tied, token_loss, {}, batches[:6]),
         (skips, logit_loss, {"place": {"start": 0}}, batches),
@@ -151,6 +156,18 @@ def test_evaluates_samples_and_skips():
         assert torch.equal(tokens, generate(whole, batches[0][0][:2, :3], 3, temperature=0))
 
 
+class Bags(nn.Module):
+    """A stage whose parameters are in one group of the optimizer, and one with two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(VOCAB, 8, mode=mode) for mode in ("sum", "mean", "max", "sum"))
+        self.head = nn.Linear(32, VOCAB)
+
+    def forward(self, tokens):
+        return self.head(torch.cat([bag(tokens) for bag in self.bags], -1))[:, None].expand(-1, tokens.shape[1], -1)
+
+
 class Partly(nn.Module):
     """A first stage without anything to train, a parameter that no step uses, and masks that cross."""
 
@@ -177,7 +194,7 @@ def test_stages_with_nothing_to_train_and_weights_without_use():
     batches = token_batches(4, 8, True)
 
     def body():
-        return train(piped(decay=0.0, pipeline=Pipeline(place={"unused.*": 1})), batches, Partly)
+        return train(piped(decay=0.0, pipeline=Pipeline(cuts=["layers.2"], place={"unused.*": 1})), batches, Partly)
 
     assert_close(run(body, 2)[0], by_hand(Partly, batches, decay=0.0))
 

@@ -274,7 +274,13 @@ def test_refusals_name_the_fix():
                 x = -x
             return self.head(self.blocks[1](self.blocks[0](x)))
 
+    class Normalised(Backwards):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
     refused("order in which they are defined", piped(2), Backwards)
+    refused("parallel.pp=2: the model has BatchNorm .* write parallel.pp=1", piped(2), Normalised)
     refused("without its values", piped(2), Peeks)
     refused("needs 8 stages", piped(2, "interleaved", stages_per_rank=4))
     refused("'start' matches no parameter", piped(2, place={"start": 0}))

@@ -102,7 +102,7 @@ def build(
                     deepspeed.zero.Init(module=module, config_dict_or_path=config, zero_param_parallel_group=_secondary(cfg))
         stages = laid_out.pipeline
         assert stages is None or isinstance(stages, DeepSpeedPipeline)
-        model = stages.module() if stages else planned.model
+        model = stages.module(optimizer) if stages else planned.model
         inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     ranks = mesh.data.size()
     if stages:

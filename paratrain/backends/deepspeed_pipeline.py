@@ -32,10 +32,23 @@ class DeepSpeedPipeline(Pipeline):
         self._stage = _Stage(self.model, self._forward)
         self._step: _Step | None = None
 
-    def module(self) -> nn.Module:
-        """The model as DeepSpeed wants it. Collective."""
+    def module(self, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The model as DeepSpeed wants it. Collective.
+
+        DeepSpeed sums the norms of each group of parameters over the stages: `optimizer` gets as many groups on all of them as one has, and
+        each a parameter at least.
+        """
         from deepspeed.pipe import PipelineModule
 
+        groups = optimizer.param_groups
+        options = {key: value for key, value in groups[0].items() if key not in ("params", "param_names")}
+        for _ in range(max(self.everywhere(len(groups))) - len(groups)):
+            optimizer.add_param_group({"params": [], "param_names": [], **options})
+        for number, group in enumerate(groups):
+            if not group["params"]:
+                self._stage.fillers.append(nn.Parameter(torch.zeros(1, device=self._wire.device)))
+                group["params"].append(self._stage.fillers[-1])
+                group["param_names"].append(f"filler {number}")
         ranks = self.group.size()
         made = PipelineModule([self._stage] * ranks, num_stages=ranks, loss_fn=self._loss, partition_method="uniform", dynamic_shape=True)
         for param in made.parameters():
@@ -72,8 +85,8 @@ class DeepSpeedPipeline(Pipeline):
 
     def reduce(self, params: Sequence[torch.Tensor]) -> None:
         """Sum gradients of shared weights over their stages, and all of them over the data ranks, where ZeRO-1 keeps its part."""
-        for param in params:
-            if param.grad is None:  # DeepSpeed knows no parameter without one
+        for param in self._stage.parameters():
+            if param.grad is None and param.requires_grad:  # DeepSpeed knows no parameter without one
                 param.grad = torch.zeros_like(param)
         self._sum_shared()
         self.engine._exec_reduce_grads()
@@ -112,11 +125,12 @@ def spoiling_gradients(loss: torch.Tensor) -> torch.Tensor:
 
 
 class _Stage(nn.Module):
-    """What of a model one stage runs, as a layer."""
+    """What of a model one stage runs, as a layer, and parameters for groups that have none here."""
 
     def __init__(self, model: nn.Module, run: Callable):
         super().__init__()
         self.model = model
+        self.fillers = nn.ParameterList()
         self._run = run
 
     def forward(self, received: Any) -> Any:

@@ -31,19 +31,21 @@ def refuse_accumulation(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
     share = -(-cfg.data.global_batch // mesh.data.size())
     size = 1 if cfg.data.micro_batch_size == "auto" else cfg.data.micro_batch_size
     several = size is not None and size < share
+    asked = f"data.micro_batch_size={cfg.data.micro_batch_size}"
+    mend = f"data.micro_batch_size=null (a rank's share, {share})"
+    if cfg.parallel.pp > 1:  # stages work on one micro-batch after another, whatever their size
+        several, asked, mend = True, f"parallel.pp={cfg.parallel.pp}", "parallel.pp=1"
     names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if names and several:
         raise UserError(
-            f"data.micro_batch_size={cfg.data.micro_batch_size}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the "
-            f"global batch, so the loss would depend on the layout; write data.micro_batch_size=null (a rank's share, {share}), use GroupNorm, "
-            "or accept it with trainer.batch_norm=local"
+            f"{asked}: the model has BatchNorm ({names[0]}), whose statistics would be those of a micro-batch and not of the global batch, so the "
+            f"loss would depend on the layout; write {mend}, use GroupNorm, or accept it with trainer.batch_norm=local"
         )
     iterating = [name for name, module in model.named_modules() if has_spectral_norm(module)]
-    if iterating and (several or cfg.parallel.pp > 1):
+    if iterating and several:
         raise UserError(
-            f"data.micro_batch_size={cfg.data.micro_batch_size}: the model has spectral norm ({iterating[0]}), which improves its estimate once a "
-            f"micro-batch, so the loss would depend on their number; write data.micro_batch_size=null (a rank's share, {share}) without parallel.pp, "
-            "or accept it with trainer.batch_norm=local"
+            f"{asked}: the model has spectral norm ({iterating[0]}), which improves its estimate once a micro-batch, so the loss would depend on "
+            f"their number; write {mend}, or accept it with trainer.batch_norm=local"
         )
 
 
