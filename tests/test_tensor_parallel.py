@@ -208,6 +208,13 @@ def test_inputs_are_found_for_a_model_that_names_them():
     assert all(f"{name}: dim 0 split" in text for name in ("embed.weight", "head.weight", "head.bias"))
 
 
+def test_inputs_are_found_for_bags_of_embeddings():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.EmbeddingBag(40, 8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    plan = tensor.planned(model, config(parallel=Parallel(tp=2)))
+    assert {name: placement.dim for name, placement in plan.placements.items()} == {"1.weight": 0, "1.bias": 0, "3.weight": 1}
+
+
 def test_what_stays_whole_is_listed_with_the_reason():
     def body():
         engine = setup(seeded(lambda: zoo.Decoder(zoo.SharedHeadsBlock)), loss, config(parallel=Parallel(tp=4)))
