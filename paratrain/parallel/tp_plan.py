@@ -47,13 +47,13 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """The plan for people: one line a pattern of names."""
-        shown: dict[tuple[str, Placement], int] = {}
+        shown: dict[tuple[str, Placement], list[str]] = {}
         for name, placement in self.placements.items():
-            key = pattern(name), placement
-            shown[key] = shown.get(key, 0) + 1
-        for (name, placement), count in shown.items():
+            shown.setdefault((pattern(name), placement), []).append(name)
+        for (like, placement), names in shown.items():
             fused = f" as {len(placement.parts)} runs {placement.parts}" if len(placement.parts) > 1 else ""
-            yield f"{name}: dim {placement.dim} split{fused}{f' ({count} of them)' if count > 1 else ''}"
+            who, many = (like, f" ({len(names)} of them)") if len(names) > 1 else (names[0], "")
+            yield f"{who}: dim {placement.dim} split{fused}{many}"
         for name, reason in self.reasons.items():
             yield f"{name}: whole on every rank, because {reason}"
 
