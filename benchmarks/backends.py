@@ -21,8 +21,7 @@ FOREIGN = ["fairscale_oss", "fairscale_sddp", "deepspeed_zero1", "deepspeed_zero
 
 
 def engine(name: str) -> Any:
-    """Args:
-    name: a strategy, and overrides after it."""
+    """The engine of a strategy; `name` may have overrides after it."""
     import paratrain as pt
     from paratrain.models.gpt import GPT
 
@@ -45,9 +44,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if (
-            issubclass(type(item), torch.Tensor) and not issubclass(type(item), Ghost) and not item.is_meta
-        ):  # isinstance would ask lazy modules for their class
+        kind = type(item)  # isinstance would ask lazy modules for their class
+        if issubclass(kind, torch.Tensor) and not issubclass(kind, Ghost) and not item.is_meta:
             local = item.to_local() if hasattr(item, "to_local") else item
             storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     return sum(storages.values())
@@ -65,11 +63,12 @@ def held(name: str) -> float:
 def times() -> dict[str, list[float]]:
     """Milliseconds of steps of every strategy, in turn."""
     engines = {name: engine(name) for name in (*NATIVE, *FOREIGN)}
+    shares = {name: each.local(batch()) for name, each in engines.items()}
 
     def step(name: str) -> float:
         engines[name].barrier()
         began = time.perf_counter()
-        engines[name].train_step(engines[name].local(batch()))
+        engines[name].train_step(shares[name])
         engines[name].barrier()
         return 1000 * (time.perf_counter() - began)
 

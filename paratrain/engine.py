@@ -38,6 +38,7 @@ from paratrain.parallel import batch_norm
 from paratrain.parallel.compile import compiled
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
+from paratrain.parallel.pipeline_schedule import micro_batch_size
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
 from paratrain.result import Scalar, StepResult
 from paratrain.totals import Totals, or_one
@@ -439,7 +440,7 @@ class Engine:
         share, size, pipeline = batches.as_local(batch), self.micro_batch_size, self._layout.pipeline
         batch_norm.weigh(self._norms, share)
         if pipeline is not None:
-            size = size or pipeline.micro_batch_size(share.largest)
+            size = size or micro_batch_size(self.cfg, share.largest)
         micro = batches.split(share, size)
         if pipeline is not None:
             filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0

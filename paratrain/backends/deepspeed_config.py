@@ -7,6 +7,7 @@ from typing import Any
 
 from paratrain.config import Config, DeepSpeed, DeepSpeedZero2, DeepSpeedZero3
 from paratrain.errors import ConfigError
+from paratrain.parallel.pipeline_schedule import micro_batch_size
 
 _OURS = {  # DeepSpeed's key -> ours that says the same
     "train_batch_size": "data.global_batch",
@@ -74,7 +75,7 @@ def _generated(cfg: Config, options: DeepSpeed, ranks: int) -> dict[str, Any]:
     share = -(-cfg.data.global_batch // ranks)
     asked = cfg.data.micro_batch_size
     if stages > 1 and asked is None:
-        asked = -(-share // (cfg.pipeline.micro_batches or 2 * stages))
+        asked = micro_batch_size(cfg, share)
     micro = min(asked, share) if isinstance(asked, int) else share
     accumulation = -(-share // micro)
     name = cfg.precision.name

@@ -7,7 +7,6 @@ an update divides by, and when it happens, stays with our engine: DeepSpeed's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
-from paratrain.parallel.pipeline import Cut, Pipeline
+from paratrain.parallel.pipeline import Around, Calls, Cut, Pipeline
 
 
 class DeepSpeedPipeline(Pipeline):
@@ -65,12 +64,7 @@ class DeepSpeedPipeline(Pipeline):
         # its own would hand out one buffer for tensors of different dtypes
         engine._allocate_or_extend_buffers = lambda index, shape, dtype: torch.empty(shape, dtype=dtype, device=self._wire.device)
 
-    def train(
-        self,
-        calls: Sequence[tuple[Any, Callable]],
-        around: Callable[[int, int], AbstractContextManager],
-        finish: Callable[[int, Any], torch.Tensor],
-    ) -> None:
+    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor]) -> None:
         from deepspeed.runtime.pipe import p2p
 
         _, routes = self._kinds(calls)
@@ -140,7 +134,7 @@ class _Stage(nn.Module):
 class _Step:
     """One step: its micro-batches, and which comes next."""
 
-    def __init__(self, calls: Sequence[tuple[Any, Callable]], routes: list, around: Callable, finish: Callable):
+    def __init__(self, calls: Calls, routes: list, around: Around, finish: Callable):
         self.calls, self.routes, self.around, self.finish = calls, routes, around, finish
         self.number = 0
         self.arrived: list[torch.Tensor] = []

@@ -32,6 +32,8 @@ from paratrain.parallel.pipeline_split import Crossing, Stages, drop, split
 
 log = logging.getLogger(__name__)
 _BUCKET = 32 << 20  # bytes of gradients reduced at once
+Calls = Sequence[tuple[Any, Callable]]  # for each micro-batch its inputs, and what calls a module with them
+Around = Callable[[int, int], AbstractContextManager]  # (stage, micro-batch) -> context of its forward
 
 
 @dataclass(frozen=True)
@@ -212,14 +214,9 @@ class Pipeline:
         names = {param: name for name, param in self.model.named_parameters()}
         self._lent = {param for param, name in names.items() if made.holders[name][0] != self.rank}  # counted by another rank
         self.elsewhere = [name for name, ranks in made.holders.items() if self.rank not in ranks]
-        self._micro_batches = cfg.pipeline.micro_batches or 2 * cfg.parallel.pp
         self._deferred = defer(self.model) if self.planned.splits_backward else None
         made.split.alone = self.forward
         made.split.refresh()
-
-    def micro_batch_size(self, samples: int) -> int:
-        """Samples in a micro-batch where the config gives their number, or nothing."""
-        return -(-samples // self._micro_batches)
 
     def largest(self, value: float) -> float:
         """The largest of the values that the stages have."""
@@ -235,17 +232,10 @@ class Pipeline:
 
     # ------------------------------------------------------------------ passes
 
-    def train(
-        self,
-        calls: Sequence[tuple[Any, Callable]],
-        around: Callable[[int, int], AbstractContextManager],
-        finish: Callable[[int, Any], torch.Tensor],
-    ) -> None:
+    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor]) -> None:
         """Forward and backward of one step.
 
         Args:
-            calls: for each micro-batch its inputs, and what calls a module with them.
-            around: context for the forward of (stage, micro-batch).
             finish: (micro-batch, outputs of the model) -> scalar to differentiate; called on ranks that are `is_last`.
         """
         if self._sharded:
@@ -261,12 +251,7 @@ class Pipeline:
             self.model.set_reshard_after_backward(True)
             finish_backward(self.model)
 
-    def evaluate(
-        self,
-        calls: Sequence[tuple[Any, Callable]],
-        around: Callable[[int, int], AbstractContextManager],
-        finish: Callable[[int, Any], None],
-    ) -> None:
+    def evaluate(self, calls: Calls, around: Around, finish: Callable[[int, Any], None]) -> None:
         """Forward alone, without gradients."""
         with torch.no_grad():
             self._pass(calls, around, finish, self.planned.forwards(len(calls)))
@@ -287,12 +272,12 @@ class Pipeline:
         dist.broadcast_object_list(box, group=self.group, group_src=planned_last(self._made))
         return box[0]
 
-    def _kinds(self, calls: Sequence[tuple[Any, Callable]]) -> tuple[list[Any], list[list[Crossing]]]:
+    def _kinds(self, calls: Calls) -> tuple[list[Any], list[list[Crossing]]]:
         """For each micro-batch what its shapes depend on, and what crosses the boundaries."""
         kinds = [kind_of(inputs, self.model.training) for inputs, _ in calls]
         return [shapes for _, shapes in kinds], [self.split.route(kind, call) for (kind, _), (_, call) in zip(kinds, calls, strict=True)]
 
-    def _pass(self, calls: Sequence[tuple[Any, Callable]], around: Any, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
+    def _pass(self, calls: Calls, around: Around, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
         kinds, routes = self._kinds(calls)
         run = Pass(
             self.split,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paratrain.compat import pipeline_orders, with_transfers
+from paratrain.config import Config
 from paratrain.errors import UserError
 
 
@@ -121,6 +122,11 @@ def plan(name: str, ranks: int, per_rank: int | None) -> Plan:
     there = list(range(ranks))
     turns = [there if kind.shape == "loop" or turn % 2 == 0 else there[::-1] for turn in range(each)]
     return Plan(name, ranks, tuple(rank for turn in turns for rank in turn))
+
+
+def micro_batch_size(cfg: Config, samples: int) -> int:
+    """Samples in a micro-batch where the config gives their number, or nothing."""
+    return -(-samples // (cfg.pipeline.micro_batches or 2 * cfg.parallel.pp))
 
 
 @lru_cache

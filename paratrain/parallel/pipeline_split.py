@@ -143,9 +143,9 @@ class Visit:
         self.last = (*split.firsts, len(split.names))[stage + 1]
         self.out = split.message(route, stage + 1) if stage + 1 < split.stages else []
         # Where messages hold nothing but what the block before the boundary returns, nothing has to watch the operations outside.
-        plain = all(slot.event == -1 and slot.position == self.first - 1 for slot in values)
-        plain = plain and all(slot.event == -1 and slot.position == self.last - 1 for slot in self.out)
-        self.watch = None if plain else _Watch(self)
+        from_blocks = all(slot.event == -1 and slot.position == self.first - 1 for slot in values)
+        from_blocks = from_blocks and all(slot.event == -1 and slot.position == self.last - 1 for slot in self.out)
+        self.watch = None if from_blocks else _Watch(self)
         self.wanted = {crossing.slot: crossing.by for crossing in route if crossing.slot in values or crossing.slot in self.out}
         self.ghosts: dict[int, tuple[Ghost, Slot]] = {}
         self.position = self.event = 0
@@ -272,7 +272,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = visit.real((args, kwargs))
         result = func(*args, **kwargs)
-        return visit.operation(result, getattr(func, "__name__", str(func))) if _has_tensor(result) else result
+        return visit.operation(result, getattr(func, "__name__", str(func))) if has_tensor(result) else result
 
 
 class _Trace:
@@ -360,7 +360,8 @@ def _in_order(split: Stages, index: int, position: int) -> None:
         )
 
 
-def _has_tensor(result: Any) -> bool:
+def has_tensor(result: Any) -> bool:
+    """Whether a function returned tensors, and not the answer to a question about one."""
     return isinstance(result, torch.Tensor) or (
         isinstance(result, tuple | list) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
     )

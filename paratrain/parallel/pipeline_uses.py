@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
 from paratrain.parallel import guess
+from paratrain.parallel.pipeline_split import has_tensor
 
 
 def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
@@ -51,7 +52,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):  # and no question for its shape or dtype
+        if has_tensor(result):
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.params:
                     self.found.setdefault(id(leaf), set()).add(self.position)
