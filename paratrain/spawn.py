@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -38,6 +38,9 @@ _WARM_IMPORTS = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "paratrain.api",
+    "paratrain.trainer",
+    "paratrain.verify",
 )
 _GRACE = 3.0  # seconds that ranks have to end once another has failed
 _EXIT = struct.Struct("ii")  # rank, exit code as of os.waitstatus_to_exitcode
@@ -123,7 +126,8 @@ def _start() -> _Warm:
     if _warm is None or _warm.process.poll() is not None:
         close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"import sys; sys.path[:] = {sys.path!r}; from paratrain.spawn import _serve; _serve({theirs.fileno()})"
+        callers = [name for name in ("pytest",) if name in sys.modules]  # test modules that ranks import need it
+        code = f"import sys; sys.path[:] = {sys.path!r}; from paratrain.spawn import _serve; _serve({theirs.fileno()}, {callers!r})"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with a pool of threads must not fork
         process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -250,10 +254,10 @@ def _stacks(pids: dict[int, int], scratch: Path) -> dict[int, str]:
     return {rank: text or "(it did not answer with its stack: stuck in the kernel, or before Python ran)" for rank, text in texts.items()}
 
 
-def _serve(fd: int) -> None:
-    """The warm process: fork ranks whenever asked, report their exits, end when the caller does."""
+def _serve(fd: int, names: Sequence[str]) -> None:
+    """The warm process: import `names` too, fork ranks whenever asked, report their exits, end when the caller does."""
     control = socket.socket(fileno=fd)
-    for name in _WARM_IMPORTS:
+    for name in (*_WARM_IMPORTS, *names):
         importlib.import_module(name)
     while True:
         message, fds, _, _ = socket.recv_fds(control, 16, MAX_RANKS + 2)
