@@ -88,9 +88,10 @@ def follow(task: Callable[[config.Config], Any], job: Job, store: Store | None) 
 
 def from_file(task: Callable[[config.Config], Any], path: str, store: Store | None) -> Any:
     """Run the job that a sweep left in a file; rank 0 writes what the task returns next to it."""
-    result = follow(task, Job(*json.loads(Path(path).read_text())), store)
+    job = Job(*json.loads(Path(path).read_text()))
+    result = follow(task, job, store)
     if _rank() == 0:
-        Path(path).with_name(RESULT).write_text(json.dumps(result if isinstance(result, int | float) else None))
+        (Path(job.config["output_dir"]) / RESULT).write_text(json.dumps(result if isinstance(result, int | float) else None))
     return result
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,18 @@ def job(config: dict[str, Any], output_dir: str) -> Any:
     Raises:
         RuntimeError: when a process of the job failed.
     """
-    file = Path(output_dir) / "job.json"
-    file.touch(mode=0o600)  # secrets, too: its processes need them
-    file.write_text(json.dumps([config, False, {}]))
-    (file.parent / RESULT).unlink(missing_ok=True)
+    result = Path(output_dir) / RESULT
+    result.unlink(missing_ok=True)
     env = {name: value for name, value in os.environ.items() if name != COMMAND}
     command = [sys.executable, "-m", "paratrain", "launch", *json.loads(os.environ[COMMAND])]
-    code = subprocess.run(command, env={**env, FILE: str(file)}, check=False).returncode
+    with tempfile.TemporaryFile("w+") as file:  # secrets, too: it has no name, and only processes of this user can open it
+        json.dump([config, False, {}], file)
+        file.flush()
+        opened = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        code = subprocess.run(command, env={**env, FILE: opened}, check=False).returncode
     if code:
         raise RuntimeError(f"the job in {output_dir} failed with exit code {code}; its error is above")
-    return json.loads((file.parent / RESULT).read_text())
+    return json.loads(result.read_text())
 
 
 def this_program() -> str:

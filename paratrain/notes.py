@@ -22,6 +22,17 @@ def replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a file that holds configuration, which only its owner may read: what was redacted by name may still say too much.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+
+
 def attempt(failure: str, call: Callable[[], Any]) -> bool:
     """Whether `call` went well; an error in it is a warning that begins with `failure`."""
     try:

@@ -11,7 +11,7 @@ from paratrain import checkpoint, drift
 from paratrain.checkpoint import CheckpointError, remote
 from paratrain.config import Config
 from paratrain.errors import UserError
-from paratrain.metrics.sinks import redact
+from paratrain.redact import redact
 from paratrain.schema import to_dict
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from paratrain import checkpoint
 from paratrain.checkpoint import CheckpointError
 from paratrain.distributed import rank
 from paratrain.errors import UserError
-from paratrain.metrics.sinks import redact
 from paratrain.optim import ema
+from paratrain.redact import redact
 from paratrain.schema import to_dict
 
 if TYPE_CHECKING:

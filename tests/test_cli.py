@@ -182,7 +182,7 @@ def test_a_sweep_starts_one_torchrun_a_job(project):
     first, second = (str(project / "runs" / "s" / name) for name in "01")
     assert [fields[:2] for fields in ran(done)] == [["0", first], ["0", second], ["1", first], ["1", second]]
     assert [json.loads((Path(path) / "result.json").read_text()) for path in (first, second)] == [0.2, 0.4]
-    assert not [path for path in (first, second) if (Path(path) / "job.json").stat().st_mode & 0o077]  # it may hold secrets
+    assert not [path for path in (first, second) if (Path(path) / "job.json").exists()]  # it would hold secrets
 
 
 def test_a_directory_on_the_command_line_extends_the_librarys_groups(project):

@@ -21,6 +21,7 @@ import yaml
 from paratrain.config import Logger, WandB
 from paratrain.errors import UserError
 from paratrain.metrics import console, sinks, weights_biases
+from paratrain.redact import redact
 
 CONFIG = {"model": {"dim": 8, "hf_token": "hunter2"}, "data": {"tokenizer": "byte"}}
 
@@ -165,7 +166,7 @@ class TestBuild:
 
 class TestRedaction:
     def test_secrets_go_and_names_that_only_look_alike_stay(self):
-        found = sinks.redact(
+        found = redact(
             {
                 "api_key": "a", "hfToken": "b", "password1": "c", "auth": {"client_secret": ["d", "e"], "keys": {"inner": "f"}},
                 "tokenizer": "byte", "max_tokens": 1e6, "num_key_value_heads": 4, "seq_len": 8, "empty_token": "", "monkeys": {"n": 3},

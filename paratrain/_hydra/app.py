@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -15,19 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import basic_launcher, basic_sweeper
 from hydra._internal.utils import _run_hydra, detect_calling_file_or_module_from_task_function, detect_task_name, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.utils import JobRuntime, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, setup_globals
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from paratrain import _help, config, job, launch, schema
+from paratrain import _help, config, job, launch, notes, schema
 from paratrain._hydra.compose import ROOT, VERSION_BASE, Composed, checked, compose, from_hydra, make_loader
 from paratrain.errors import ConfigError, UserError
+from paratrain.redact import HIDDEN, line_of_overrides, redact, redact_overrides
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+_WITHOUT_SECRETS = "+hydra.callbacks.without_secrets={_target_: paratrain._hydra.app.WithoutSecrets}"
 
 
 def main(config_path: str | None = None, config_name: str = ROOT) -> Callable[[Callable[[config.Config], Any]], Callable[..., Any]]:
@@ -107,6 +113,7 @@ def _run(
         raise UserError("--experimental-rerun reads a pickle, which can run any code; pass the overrides again instead")
     if args.multirun and store is not None:
         raise UserError(_no_multirun())
+    args.overrides = [_WITHOUT_SECRETS, *args.overrides]
     config_name = args.config_name or config_name
     directory = _directory(task, args.config_path or config_path)
     JobRuntime.instance().set("name", detect_task_name(*detect_calling_file_or_module_from_task_function(task)))
@@ -152,18 +159,46 @@ def _run(
 
 def _keep(directory: Path, cfg: DictConfig, settings: Any) -> None:
     """The files that Hydra keeps of a job, without its secrets."""
-    from paratrain.metrics.sinks import redact, redact_overrides
-
-    overrides = redact_overrides(settings.overrides.task)
-    own = OmegaConf.to_container(settings, resolve=False)
-    assert isinstance(own, dict)
-    own["overrides"] = {kind: redact_overrides(words) for kind, words in own["overrides"].items()}
-    if overrides != list(settings.overrides.task):
-        own["job"]["override_dirname"] = "[redacted]"
-    kept = {"config": redact(OmegaConf.to_container(cfg, resolve=False)), "hydra": {"hydra": redact(own)}, "overrides": overrides}
+    own = _settings_without_secrets(OmegaConf.to_container(settings, resolve=False))
+    kept = {"config": redact(OmegaConf.to_container(cfg, resolve=False)), "hydra": {"hydra": own}, "overrides": own["overrides"]["task"]}
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in kept.items():
-        (directory / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
+        notes.write_private(directory / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def _settings_without_secrets(settings: Any) -> dict[str, Any]:
+    """Hydra's own part of a configuration, in which the overrides stand twice."""
+    overrides = {kind: redact_overrides(words) for kind, words in settings["overrides"].items()}
+    kept = {**redact(settings), "overrides": overrides}
+    if overrides != settings["overrides"]:
+        kept["job"]["override_dirname"] = HIDDEN
+    return kept
+
+
+class WithoutSecrets(Callback):
+    """Keeps secrets out of what Hydra itself writes: multirun.yaml, its list of a sweep's jobs, and its report of a failed one."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        class Redacting(OmegaConf):
+            @staticmethod
+            def save(config: Any, f: Any, resolve: bool = False) -> None:
+                content = redact(OmegaConf.to_container(config, resolve=resolve))
+                content["hydra"] = _settings_without_secrets(OmegaConf.to_container(config.hydra, resolve=resolve))
+                notes.write_private(Path(f), OmegaConf.to_yaml(OmegaConf.create(content)))
+
+        basic_sweeper.OmegaConf = Redacting  # type: ignore[misc]  # the sweeper writes the file, and asks nobody
+        launcher = str(config.hydra.launcher["_target_"]).rpartition(".")[0]
+        for name in (basic_launcher.__name__, launcher, f"{launcher}._core"):
+            logging.getLogger(name).addFilter(_without_secrets)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if job_return.status is JobStatus.FAILED:
+            job_return.overrides = redact_overrides(job_return.overrides or [])
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = line_of_overrides(record.getMessage()), None
+    return True
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,14 +19,12 @@ from paratrain.distributed import is_main_process
 from paratrain.errors import UserError
 from paratrain.metrics.console import Console
 from paratrain.metrics.env import git_commit
+from paratrain.redact import redact, redact_overrides
 
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 
-_SECRET = re.compile(r"(?i:secret|passw|credential)|(?i:key|token)s?(?![a-z])")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_HIDDEN = "[redacted]"
 _PACKAGE = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
 
@@ -95,23 +92,6 @@ def run_info(
         "max_steps": max_steps,
         "secret_arguments": redact_overrides(sys.argv[1:]) != sys.argv[1:],
     }
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """A copy with secrets replaced: text under a name such as `api_key`, `hf_token` or `password`, and user:password in URLs."""
-    if isinstance(value, Mapping):
-        return {k: redact(v, name if _SECRET.search(name) else str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(v, name) for v in value]
-    if isinstance(value, str):
-        return _HIDDEN if value and _SECRET.search(name) else _USERINFO.sub(_HIDDEN, value)
-    return value
-
-
-def redact_overrides(overrides: Iterable[str]) -> list[str]:
-    """`key=value` words with secrets replaced as by `redact`."""
-    parts = (word.partition("=") for word in overrides)
-    return [f"{key}{sign}{redact(value, key)}" if sign else redact(key) for key, sign, value in parts]
 
 
 class _Guarded:

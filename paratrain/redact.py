@@ -1,0 +1,103 @@
+"""Removes secrets from what is written about a job: configurations, overrides, and lines of logs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+HIDDEN = "[redacted]"
+
+# Parts of a name that say by themselves that its value is a secret, whatever the type of the value.
+_CERTAIN = re.compile(
+    r"(?i)secret|passw|pass_?phrase|(?:^|[_.\W])(?:pass|pin|otp|dsn|sas)$|pwd$|credential|authori[sz]ation|bearer|cookie"
+    r"|access_?code|connection_?str|(?:api|access|account|private|signing|encryption|license|shared)[_-]?key(?![a-z])"
+    r"|(?:auth|access|refresh|id|session|hf|api|bot|oauth)[_-]?token(?![a-z])|(?:^|[_.\W])sig(?:nature)?$"
+)
+# Names of settings, too (`max_tokens`, `num_key_value_heads`): text under them is a secret, a number is one only under `token` or `key` itself.
+_LIKELY = re.compile(r"(?i:key|token)s?(?![a-z])")
+_SETTING = re.compile(r"(?i)(?:^|[_.])(?:pad|eos|bos|unk|mask|sep|cls|special|num|max|min|per|n)[_-]")
+_ALONE = re.compile(r"(?i)(?:^|[_.])(?:key|token)$")
+
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}")
+_ASSIGNED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>\s*=\s*|:(?!/)\s*)(?P<value>"[^"]*"|'[^']*'|[^\s?&;,{}\[\])"']+)""")
+_COLON = re.compile(r":(?=[^\s/])")  # YAML wants a space behind it
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy with secrets replaced by `[redacted]`.
+
+    A secret is what stands under a name such as `api_key`, `hf_token`, `password` or `authorization`, text or number; user:password in
+    a URL; and `password=...` or `access_token=...` inside of a text, as in a query or a connection string.
+    """
+    if isinstance(value, Mapping):
+        return {k: redact(v, name if _is_secret(name, "") else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v, name) for v in value]
+    if isinstance(value, str):
+        return HIDDEN if value and _is_secret(name, value) else text(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return HIDDEN if _is_secret(name, value) else value
+    return value
+
+
+def text(line: str) -> str:
+    """A line with the secrets in it replaced: user:password in URLs, and what is assigned to a secret name."""
+    line = _SCHEME.sub(lambda found: f"{found[1]} {HIDDEN}", _USERINFO.sub(HIDDEN, line))
+    return _ASSIGNED.sub(_assignment, line)
+
+
+def line_of_overrides(line: str) -> str:
+    """A line that lists overrides, as launchers of sweeps print it, with secrets replaced."""
+    return text(" ".join(redact_overrides(line.split(" "))))
+
+
+def redact_overrides(overrides: Iterable[str]) -> list[str]:
+    """`key=value` words with secrets replaced as by `redact`, those inside of dicts and lists too."""
+    return [_override(word) for word in overrides]
+
+
+def _override(word: str) -> str:
+    key, sign, value = word.partition("=")
+    if not sign:
+        return text(key)
+    if _is_secret(key, _number(value)):
+        return f"{key}{sign}{HIDDEN}" if value else word
+    if value[:1] in ("{", "["):
+        try:
+            parsed = yaml.safe_load(_COLON.sub(": ", value))  # the flow style of YAML is nearly Hydra's grammar of dicts and lists
+        except yaml.YAMLError:
+            parsed = None
+        hidden = redact(parsed, key)
+        if isinstance(parsed, dict | list) and hidden != parsed:
+            return f"{key}{sign}{yaml.safe_dump(hidden, default_flow_style=True, width=10**6, sort_keys=False).strip()}"
+    return f"{key}{sign}{text(value)}"
+
+
+def _assignment(found: re.Match) -> str:
+    name, assigned = found["name"], "=" in found["sign"]
+    secret = _CERTAIN.search(name) or (assigned and _ALONE.search(name) and not _SETTING.search(name))
+    if not secret or found["value"].startswith(HIDDEN[:-1]):
+        return found[0]
+    return f"{name}{found['sign']}{HIDDEN}"
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    if "*" in name:  # a glob over the names of weights
+        return False
+    if _CERTAIN.search(name):
+        return True
+    if isinstance(value, str):
+        return _LIKELY.search(name) is not None
+    return _ALONE.search(name) is not None and _SETTING.search(name) is None
+
+
+def _number(value: str) -> Any:
+    """`value` as the number that it writes, or as it is."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
