@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -15,7 +16,7 @@ from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
 from paratrain.loss import Loss, checked
 from paratrain.metrics.flops import on_meta
-from paratrain.parallel import freeze, materialise
+from paratrain.parallel import batch_norm, freeze, materialise
 from paratrain.precision import POLICIES
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
+    laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
     return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 

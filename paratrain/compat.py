@@ -89,6 +89,22 @@ def has_spectral_norm(module: torch.nn.Module) -> bool:
     return any(cls.__name__.lstrip("_") == "SpectralNorm" and cls.__module__.startswith("torch.nn.utils.") for cls in classes)
 
 
+def normalise_over_ranks(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    momentum: float,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """The kernels of `torch.nn.SyncBatchNorm` on CUDA tensors, without the module."""
+    from torch.nn.modules._functions import SyncBatchNorm
+
+    return SyncBatchNorm.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, dist.get_world_size(group))
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether it shares its memory with a tensor that autograd knows; changing one in place changes both."""
     with torch._C.DisableTorchFunctionSubclass():  # a question, not an operation that a subclass would compute

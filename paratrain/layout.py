@@ -82,7 +82,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     _refuse_sparse_gradients(model)
     _refuse_weights_that_forward_changes(model, mesh)
     _refuse_to_split_compiled(model, mesh, cfg)
-    batch_norm.refuse_accumulation(model, mesh, cfg)
+    batch_norm.refuse_parts(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
     plan = tensor.planned(model, cfg)
     sequences = context.planned(model, mesh, cfg)
@@ -93,8 +93,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     dealt = experts.place(model, mesh, found, planned.forms, device)
     units = dealt.outside(units)
     context.apply(sequences, units)
-    if ranks > 1:
-        batch_norm.synchronise(model, mesh, cfg)
+    batch_norm.synchronise(model, mesh, cfg)
     if ((placed.plan or found) and ranks > 1 and not isinstance(cfg.strategy, Sharded)) or replicates_by_sharding(mesh, cfg):
         cfg = replace(cfg, strategy=Zero1())  # over one shard rank: plain replication, by the machinery that knows DTensors
     recompute.apply(units, model, cfg)

@@ -7,7 +7,8 @@ and losses in `tp_products.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paratrain.compat import plain_functions
 from paratrain.errors import UserError
-from paratrain.parallel.tp_split import Parts, Split, enter, gather, node_of, own_randomness, part_of, plain, reduce, scatter
+from paratrain.parallel.tp_split import Parts, Split, enter, gather, node_of, own_randomness, part_of, plain, reduce, scatter, take
 
 Rule = Callable[[Any, tuple, dict], Any]
 RULES: dict[str, Rule] = {}
@@ -305,6 +306,36 @@ def _group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     weight, bias = (None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias))
     eps = argument(args, kwargs, 4, "eps", 1e-5)
     return split.like(func(part_of(split), groups // split.peers.size, weight, bias, eps))
+
+
+@rule("batch_norm")
+def _batch_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    if func is not F.batch_norm:
+        return None
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    split, mean, var, weight, bias, training, momentum, eps = (
+        argument(args, kwargs, i, name, default)
+        for i, (name, default) in enumerate(zip(names, (None,) * 5 + (False, 0.1, 1e-5), strict=True))
+    )
+    if not isinstance(split, Split) or split.split_dim != 1:
+        return None
+    with of_channels(split, weight, bias, mean, var) as (weight, bias, mean, var):
+        return split.like(func(part_of(split), mean, var, weight, bias, training, momentum, eps))
+
+
+@contextmanager
+def of_channels(split: Split, weight: Any, bias: Any, *averages: Any) -> Iterator[tuple[Any, ...]]:
+    """This rank's part of what there is one of for each channel (dim 1) of `split`.
+
+    What is written to the parts of running averages meanwhile comes into the whole of each.
+    """
+    affine = [None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias)]
+    parts = [None if t is None else take(t, 0, split.parts, split.peers).clone() for t in averages]
+    before = [None if t is None else t._version for t in parts]
+    yield (*affine, *parts)
+    for average, part, version in zip(averages, parts, before, strict=True):
+        if part is not None and part._version != version:
+            average.copy_(gather(Split(part, 0, split.parts, split.peers)))
 
 
 # ------------------------------------------------------------------ reductions
