@@ -134,7 +134,7 @@ def _blocks(overrides: list[str], config_name: str, config_dir: str | None) -> s
     from paratrain.parallel import blocks, experts, freeze, materialise, pipeline, tensor
 
     cfg = load_config(overrides, config_name, config_dir)
-    model = materialise.on_meta_if_possible(build.model_fn(cfg), cfg.seed, torch.device("cpu"))
+    model = materialise.on_meta_if_possible(build.model_fn(cfg), cfg.seed, torch.device("cpu"))[0]
     freeze.apply(model, cfg.freeze)
     parts = [blocks.describe(model, cfg.memory.blocks)]
     if max(cfg.parallel.ep, cfg.parallel.tp) > 1:

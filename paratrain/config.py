@@ -496,6 +496,12 @@ class Trainer:
     batch_norm: Literal["sync", "local"] = key(
         "sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches (spectral norm likewise)"
     )
+    forward_state: dict[str, Literal["step", "mean", "sum", "rank0", "local"]] = key(
+        {},
+        "what becomes of state that forward moves (counters, moving averages, queues), by globs on its names: step, once a step and the same on "
+        "every rank; mean, over samples of all micro-batches and ranks; sum, of the changes of all; rank0, as rank 0's first micro-batch leaves "
+        "it; local, each rank's own, moved by each micro-batch. What is not named and would depend on the layout is refused",
+    )
     nonfinite: Literal["raise", "skip", "rollback"] = key(
         "raise",
         "a loss or gradient that is not finite (beyond what a loss scale mends): raise ends training; skip leaves the weights as they are; "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import paratrain as pt
+from paratrain import rng
 from paratrain.errors import UserError
 from paratrain.spawn import run
 
@@ -61,7 +62,7 @@ def plain(model_fn: Callable, batches: Sequence, loss_fn: Callable, *, mean: Cal
         mean: `mean(model, inputs, targets)`, where the loss of one process is not that of `loss_fn` on the whole batch.
         before: `before(model, step)` in front of each step; `after` behind it.
     """
-    torch.manual_seed(3)
+    rng.seed_all(3)
     model = model_fn().double()
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0, foreach=False)

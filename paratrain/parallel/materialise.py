@@ -24,13 +24,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
-from paratrain import rng
+from paratrain import reach, rng
 from paratrain.compat import has_gradient_hooks, local_box
 from paratrain.config import Config
-from paratrain.distributed import rank, seed_for
+from paratrain.distributed import rank, seed_for, world_size
 from paratrain.errors import UserError
+from paratrain.parallel import same_model
 from paratrain.precision import convert_module, fp8
 from paratrain.suggest import did_you_mean
 
@@ -67,25 +67,14 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
     Raises:
         UserError: `model_fn` gives no module, or one whose parameters were left without values.
     """
-    if isinstance(model_fn, nn.Module):
-        if cfg.memory.init == "meta":
-            raise UserError("memory.init=meta: model_fn is a module, which has its values; pass a callable that builds it")
-        model = model_fn
-    elif cfg.memory.init == "meta":
-        with torch.device("meta"):
-            model = _build(model_fn, cfg.seed, device)
-        if hidden := _hidden_meta(model):
-            raise UserError(
-                f"memory.init=meta: {hidden} is a tensor that is neither a parameter nor a buffer, so nothing would give it values; "
-                "register it with register_buffer, or write memory.init=constructor"
-            )
-    elif sharded and rank() != 0:
-        model = on_meta_if_possible(model_fn, cfg.seed, device)
-    else:
-        with _uninitialised_is_nan():
-            model = _build(model_fn, cfg.seed, device)
-        _refuse_lazy(model)
-        _refuse_nan(model)
+    if cfg.memory.init == "meta" and isinstance(model_fn, nn.Module):
+        raise UserError("memory.init=meta: model_fn is a module, which has its values; pass a callable that builds it")
+    model = _agreed(model_fn, cfg, device, light=sharded and rank() != 0)
+    if cfg.memory.init == "meta" and (place := same_model.on_meta(model)):
+        raise UserError(
+            f"memory.init=meta: {place} is a tensor that is neither a parameter nor a buffer, so nothing would give it values; "
+            "register it with register_buffer, or write memory.init=constructor"
+        )
     if not model.training:
         model.train()  # a pretrained model often arrives in evaluation mode
     _refuse_lazy(model)
@@ -157,22 +146,72 @@ def _build(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
     return model
 
 
-def on_meta_if_possible(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
-    """The module without its values; built for real where its constructor needs them."""
+def _agreed(model_fn: Any, cfg: Config, device: torch.device, light: bool) -> nn.Module:
+    """The module, the same on every rank in all but the values of its parameters and buffers. Every rank must call it.
+
+    Args:
+        light: build on meta, because the values come from rank 0; for real where the constructor needs values, or draws on meta what is
+            not what it draws for real.
+
+    Raises:
+        UserError: on every rank: ranks built different modules, or some rank none.
+    """
+    model, error, reason = None, None, ""
+    try:
+        if isinstance(model_fn, nn.Module):
+            model = model_fn
+        elif cfg.memory.init == "meta":
+            with torch.device("meta"):
+                model = _build(model_fn, cfg.seed, device)
+        elif light:
+            model, reason = on_meta_if_possible(model_fn, cfg.seed, device)
+        else:
+            model = _for_real(model_fn, cfg.seed, device)
+    except Exception as caught:
+        error = caught
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        assert model is not None
+        return model
+    found = same_model.differences(model, error, cfg)
+    assert model is not None
+    if any(found) and not isinstance(model_fn, nn.Module) and cfg.memory.init != "meta":
+        if light and found[rank()]:
+            reason = reason or f"it makes something else there: {found[rank()]}"
+            model, error = None, None
+            try:
+                model = _for_real(model_fn, cfg.seed, device)
+            except Exception as caught:
+                error = caught
+        found = same_model.differences(model, error, cfg)
+        assert model is not None
+    same_model.refuse(found)
+    if reason and rank() == 1:
+        log.warning("model_fn cannot build on meta (%s), so each rank builds the whole model in host memory", reason)
+    return model
+
+
+def _for_real(model_fn: Callable, seed: int, device: torch.device) -> nn.Module:
+    with _uninitialised_is_nan():
+        model = _build(model_fn, seed, device)
+    _refuse_lazy(model)
+    _refuse_nan(model)
+    return model
+
+
+def on_meta_if_possible(model_fn: Callable, seed: int, device: torch.device) -> tuple[nn.Module, str]:
+    """The module without its values, and ""; built for real where its constructor needs them, and why."""
     try:
         with torch.device("meta"):
             model = _build(model_fn, seed, device)
-        reason = _hidden_meta(model)
-        reason = reason and f"{reason} is a tensor, but neither a parameter nor a buffer"
+        place = same_model.on_meta(model)
+        reason = f"{place} is a tensor, but neither a parameter nor a buffer" if place else ""
     except UserError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    if not reason:
-        return model
-    if rank() == 1:
-        log.warning("model_fn cannot build on meta (%s), so each rank builds the whole model in host memory", reason)
-    return _build(model_fn, seed, device)
+    return (_for_real(model_fn, seed, device), reason) if reason else (model, "")
 
 
 @contextmanager
@@ -216,28 +255,13 @@ def _refuse_what_new_parameters_lose(model: nn.Module) -> None:
                 f"model: {name} has a hook on its gradient, which would not run where parameters are split or made anew; change gradients in "
                 "the forward (a torch.autograd.Function), scale steps with a group of optimizer.groups, or write strategy=ddp"
             )
-    for path, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules") or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
-                continue
-            held = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Parameter) and leaf in names), None)
-            if held is not None:
+    for slot in same_model.hidden(model):
+        for _, leaf in reach.leaves(slot.path, slot.get()):
+            if isinstance(leaf, nn.Parameter) and leaf in names:
                 raise UserError(
-                    f"model: {path + '.' if path else ''}{attribute} holds the parameter {names[held]} past the module's own parameters, so it would "
+                    f"model: {slot.path} holds the parameter {names[leaf]} past the module's own parameters, so it would "
                     "stay as it is where parameters are split or made anew; share it as a parameter (self.weight = other.weight), or write strategy=ddp"
                 )
-
-
-def _hidden_meta(model: nn.Module) -> str | None:
-    """A tensor on meta that `model` holds as a plain attribute, where nothing could fill it."""
-    known = {id(tensor) for _, tensor in _tensors(model)}
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta and id(leaf) not in known for leaf in tree_leaves(value)):
-                return f"{name}.{attribute}" if name else attribute
-    return None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,7 +33,7 @@ class ShardedModel:
     """A model that `shard` has sharded.
 
     Attributes:
-        model: the module itself, whose parameters are DTensors; 0-dim parameters are whole on every rank.
+        model: the module itself, whose parameters are DTensors; those of 0 dims or no elements are whole on every rank.
         group: all data ranks.
         options: of the strategy.
         strategy: its name.
@@ -98,6 +98,7 @@ class ShardedModel:
         """Average the gradients of whole parameters over the data ranks, as FSDP did those of sharded ones."""
         whole = [param for param in params if not isinstance(param, DTensor)]
         self.used.update(param for param in whole if param.grad is not None)
+        whole = [param for param in whole if param.numel()]
         if not whole:
             return
         wide = reduce(torch.promote_types, (p.dtype for p in whole), torch.float32)
@@ -131,7 +132,8 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda")
         if cfg.memory.offload == "params"
         else OffloadPolicy(),
-        "ignored_params": {param for param in model.parameters() if param.ndim == 0},  # fully_shard refuses them, and they weigh nothing
+        # fully_shard refuses numbers and cannot reduce what has no elements; they weigh nothing
+        "ignored_params": {param for param in model.parameters() if param.ndim == 0 or param.numel() == 0},
     }
     _refuse_mixed_dtypes([*experts, *reversed(blocks), ("the root", model)])
 
