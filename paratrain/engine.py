@@ -250,6 +250,8 @@ class Engine:
             if self.ema is not None:
                 self.ema.update(self.updates)
         relieved = self.fallback is not None and self.fallback.after_step(self.global_step + 1, skipped)
+        if skipped and not tolerant and not relieved and not math.isfinite(float(totals[0])):  # a loss that no scale mends
+            self._raise_unless_finite(result)
         self.scaler.update(skipped, relieved)
         for param in self._params:
             param.grad = None
@@ -620,7 +622,9 @@ class Engine:
             self._unchecked = result
 
     def _raise_unless_finite(self, result: StepResult) -> None:
-        nonfinite.check(result, self.global_step, late=self.device.type != "cpu", updated=self._in_backward is not None)
+        nonfinite.check(
+            result, self.global_step, late=self.device.type != "cpu", updated=self._in_backward is not None, half=self.scaler.enabled
+        )
 
     def _guard(self, grad: torch.Tensor) -> torch.Tensor:
         if not self._inside_backward:

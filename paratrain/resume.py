@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,12 @@ def find(cfg: Config, directory: Path) -> Path | None:
     if own is None and cfg.checkpoint.remote:
         directory.mkdir(parents=True, exist_ok=True)
         own = remote.download(cfg.checkpoint.remote, directory)
+    if own is None and asked == "auto" and (spoilt := checkpoint.damaged(directory)):
+        tried = f"all {len(spoilt)} checkpoints of this job are" if len(spoilt) > 1 else "the only checkpoint of this job is"
+        raise UserError(
+            f"{directory}: {tried} damaged ({', '.join(path.name for path in spoilt[-3:])}), so there is nothing to go on from; restore one of "
+            "them from a copy, or write resume=none to train from the beginning"
+        )
     if own is None and asked != "auto":
         named = Path(asked)
         own = named if (named / checkpoint.FILE_NAME).exists() else checkpoint.latest(named) or checkpoint.latest(named / "checkpoints")
@@ -95,8 +100,10 @@ def checked_extra(extra: dict[str, Any], path: Path) -> dict[str, Any]:
         "goodput": dict,
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(extra.get(name), kind)]
-    if wrong or not math.isfinite(extra["seconds"]) or not all(type(step) is int for step in extra["left_out"]):
-        raise CheckpointError(
-            f"resume={path}: it was not saved by a Trainer ({', '.join(wrong) or 'seconds, left_out'} missing or not valid)"
-        )
+    if not wrong:
+        wrong = [] if 0 <= extra["seconds"] < 1e12 else ["seconds"]  # not so of NaN
+        wrong += [] if all(type(step) is int for step in extra["left_out"]) else ["left_out"]
+        wrong += [] if all(type(loss) in (int, float) and abs(loss) < 1e300 for loss in extra["spike"]) else ["spike"]
+    if wrong:
+        raise CheckpointError(f"resume={path}: it was not saved by a Trainer ({', '.join(wrong)} missing or not valid)")
     return extra

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +33,11 @@ if TYPE_CHECKING:
     from paratrain.engine import Engine
 
 log = logging.getLogger(__name__)
+
+_MOST_STEPS = 10**12
+"""More steps than a job can have taken: one a millisecond for thirty years."""
+_LARGEST = 1e300
+"""Numbers beyond it were not counted by a job, and an integer may be larger than any float."""
 
 
 class State(NamedTuple):
@@ -113,12 +117,11 @@ def _check(meta: dict[str, Any], rank_metas: list[dict[str, Any]]) -> None:
     if not isinstance(engine, dict) or type(meta.get("seed")) not in (int, type(None)) or not isinstance(meta.get("extra"), dict):
         raise CheckpointError("it holds tensors, but not the state of a training run (no seed, engine or extra)")
     unit, scaler = engine.get("unit"), engine.get("scaler")
-    good = all(type(engine.get(key)) is int and engine[key] >= 0 for key in ("global_step", "updates")) and _is_number(
-        engine.get("counted")
-    )
+    updates, steps = engine.get("updates"), engine.get("global_step")
+    good = type(updates) is int and type(steps) is int and 0 <= updates <= steps <= _MOST_STEPS and _is_count(engine.get("counted"))
     good = good and (unit is None or (_is_number(unit) and unit > 0))
-    good = good and isinstance(scaler, dict) and all(_is_number(scaler.get(key)) for key in ("scale", "good_steps", "skipped"))
-    if not good:
+    good = good and isinstance(scaler, dict) and all(_is_count(scaler.get(key)) for key in ("scale", "good_steps", "skipped"))
+    if not good or not scaler or not scaler["scale"]:
         raise CheckpointError(f"its counters are not valid: {engine!s:.200}")
     if not all(isinstance(entry.get("rng"), dict) for entry in rank_metas):
         raise CheckpointError("it lacks the state of the random number generators of a rank")
@@ -133,4 +136,8 @@ def _hf_config(model: Any) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _LARGEST  # not so of NaN
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value >= 0

@@ -356,7 +356,7 @@ class Trainer:
                 raise checkpoint.CheckpointError("the last checkpoint could not be saved, see above; the one before it is the newest")
 
     def _resume(self) -> bool:
-        path, failed = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir)), False
+        path = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir))
         while path is not None:
             try:
                 self._restore(path)
@@ -364,11 +364,7 @@ class Trainer:
             except checkpoint.CheckpointError as error:
                 kept, fault = path, error  # the names of an except clause end with it
             distributed.on_main(lambda: resume.set_aside_if_damaged(kept, self.checkpoint_dir, fault))  # noqa: B023 - called at once
-            path, failed = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir)), True
-        if failed:
-            raise UserError(
-                f"{self.checkpoint_dir}: its only checkpoint is damaged and was set aside; start again to train from the beginning"
-            )
+            path = distributed.on_main(lambda: resume.find(self.cfg, self.checkpoint_dir))
         return False
 
     def _restore(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 from paratrain.checkpoint.directory import (
     best,
     check,
+    damaged,
     incomplete,
     latest,
     prune,
@@ -24,6 +25,7 @@ __all__ = [
     "Manifest",
     "best",
     "check",
+    "damaged",
     "incomplete",
     "latest",
     "load",

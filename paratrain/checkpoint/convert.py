@@ -140,7 +140,10 @@ def _to_deepspeed(source: Path, target: Path) -> list[str]:
 def _write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # what the umask gives; safetensors makes files that only their owner can read
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _write_sharded(tensors: Mapping[str, torch.Tensor], directory: Path, shard_bytes: int) -> None:

@@ -152,6 +152,11 @@ def set_aside(path: Path, kind: str = "damaged") -> Path:
     raise CheckpointError(f"{path.parent} holds thousands of {kind} checkpoints: look at them, and delete what you do not need")
 
 
+def damaged(directory: str | os.PathLike) -> list[Path]:
+    """Checkpoints of `directory` that `set_aside` renamed because they are damaged."""
+    return sorted(entry for entry in _entries(Path(directory)) if entry.name.startswith(".damaged-"))
+
+
 def best(directory: str | os.PathLike, metric: str, mode: str) -> tuple[float, int] | None:
     """(value, step) of the complete checkpoint with the best `metric` among those saved with one; mode: `min` or `max`."""
     sign = -1.0 if mode == "max" else 1.0

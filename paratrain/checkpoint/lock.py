@@ -6,6 +6,7 @@ carry between hosts. Where one does not, the file's time of change tells: the ho
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -34,7 +35,13 @@ def held(directory: Path) -> Iterator[None]:
         UserError: another live job holds it; names its host and process.
     """
     path = directory / FILE_NAME
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        why = "it is a symbolic link, and its target would be written" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(
+            f"output_dir={directory}: cannot open its lock {path.name} ({why}); remove it, or choose another directory"
+        ) from None
     ended = threading.Event()
     try:
         _acquire(fd, directory)

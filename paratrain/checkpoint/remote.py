@@ -6,6 +6,8 @@ A store has neither a rename nor a sync, so a checkpoint counts there when its m
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,23 @@ def _open(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"checkpoint.remote={url}: {error}") from None
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """One error that names the store, in the place of those of its client, whichever that is."""
+    try:
+        yield
+    except (UserError, CheckpointError):
+        raise
+    except Exception as error:  # clients of stores raise errors of their own kinds
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        raise UserError(
+            f"checkpoint.remote={url}: the store does not answer as it should ({type(error).__name__}: {str(error) or cause}); check its address, "
+            "the network and the credentials, or write checkpoint.remote=null to go on with what is on this machine"
+        ) from None
 
 
 def steps(url: str) -> list[int]:
@@ -64,8 +83,13 @@ def download(url: str, directory: Path) -> Path | None:
     """Bring the newest sound checkpoint of a store into `directory`; None when it has none.
 
     Raises:
-        UserError, OSError: the store cannot be reached.
+        UserError: the store cannot be reached.
     """
+    with _reached(url):
+        return _download(url, directory)
+
+
+def _download(url: str, directory: Path) -> Path | None:
     fs, root = _open(url)
     for step in reversed(steps(url)):
         target = step_path(directory, step)

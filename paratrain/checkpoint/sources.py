@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -160,16 +162,33 @@ def unpickled(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
         CheckpointError: it is damaged, or names anything else, which would have to be run.
     """
     try:
+        with open(path, "rb") as file:
+            _refuse_inflating(file, path)
         with torch.serialization.safe_globals(list(known)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        reason = f"it names {asked[1]}" if asked else str(error).splitlines()[0]
+        reason = f"it names {asked[1]}" if asked else "its pickle does what tensors do not need"  # torch's own text advises to run it
         raise CheckpointError(
             f"{path}: not only tensors: reading it would run code ({reason}); save a plain state_dict() instead"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _refuse_inflating(file: IO[bytes], path: Path) -> None:
+    """Refuse an archive whose entries are larger than itself: torch.save compresses nothing, and torch.load would inflate all of it."""
+    size = os.fstat(file.fileno()).st_size if not isinstance(file, io.BytesIO) else len(file.getbuffer())
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        entries = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if sum(entry.file_size for entry in entries) > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{path}: its archive is compressed, which torch.save never does; it may inflate to more than this machine holds"
+        )
 
 
 class _Metadata(pickle.Unpickler):
@@ -214,7 +233,10 @@ def _dcp_chunk(path: Path, stored: Any) -> torch.Tensor:
         raise CheckpointError(f"{path}: a chunk is in {name!r}, outside the directory, or transformed")
     with open(path / name, "rb") as file:
         file.seek(stored.offset)
-        return torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
+        content = io.BytesIO(file.read(stored.length))
+    _refuse_inflating(content, path / name)
+    content.seek(0)
+    return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _json(path: Path) -> dict[str, Any]:

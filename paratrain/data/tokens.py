@@ -17,12 +17,13 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from paratrain.config import HFData, StdlibData, TextData, TextSource
 from paratrain.data import sources
@@ -35,6 +36,7 @@ _NOT_IN_TOKENS = {field.name for field in dataclasses.fields(TextSource)} - {"to
 _WHOLE_DOCUMENTS = 5  # hold out whole documents where that makes at least so many
 _PIECE = 2**20  # characters encoded at once, so that a long document takes bounded memory
 _BATCH = 2**22  # characters handed to the tokenizer together, so that one with threads has work for them
+_CHUNK = 2**24  # bytes read at once to check them
 TextConfig = StdlibData | TextData | HFData
 _SOURCES: dict[type, Callable] = {StdlibData: sources.stdlib, TextData: sources.text, HFData: sources.hf}
 
@@ -107,22 +109,30 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 def _only_one_builds(entry: Path) -> Iterator[None]:
     """Let the processes of a machine build one after the other, so that all but the first find the entry complete."""
     try:
-        lock = open(entry.with_suffix(".lock"), "w")  # noqa: SIM115
+        fd = os.open(
+            entry.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+        )  # no planted link is followed
     except OSError as error:
         raise _unwritable(entry.parent, error) from error
-    with lock:
+    with os.fdopen(fd) as lock:
         with suppress(OSError):  # a file system without locks: each builds its own, and one rename wins
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _open(entry: Path, data: TextConfig) -> tuple[Tokenizer, dict[str, TokenFile]] | None:
-    """What a cache entry holds; None where there is none, or not one of the size that was written."""
+    """What a cache entry holds; None where there is none, or it is not what was written: every byte is checked."""
     try:
         meta = json.loads((entry / "meta.json").read_text())
         dtype = np.dtype(meta["dtype"])
         files = {split: TokenFile(entry / f"{split}.bin", dtype.name, length) for split, length in meta["tokens"].items()}
         if any(file.path.stat().st_size != file.length * dtype.itemsize for file in files.values()):
+            return None
+        kept = [entry / name for name in meta["checksums"]]
+        if not {file.path for file in files.values()} <= set(kept) or _checksums(kept) != meta["checksums"]:
+            log.warning(
+                "the tokens in %s are not those that were written: the disk or another program has changed them; making them again", entry
+            )
             return None
         return (Byte() if data.tokenizer == "byte" else BPE.load(entry / "tokenizer.json", data.vocab_size)), files
     except (OSError, ValueError, KeyError):
@@ -146,7 +156,8 @@ def _build(entry: Path, data: TextConfig, corpus: Corpus) -> None:
         if isinstance(tokenizer, BPE):
             tokenizer.save(temporary / "tokenizer.json")
         tokens = _write(temporary, split(), tokenizer, dtype)
-        (temporary / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens}))
+        checksums = _checksums(sorted(temporary.iterdir()))
+        (temporary / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens, "checksums": checksums}))
         with suppress(OSError):  # another process was first; its tokens are the same
             os.rename(temporary, entry)
     except OSError as error:
@@ -155,6 +166,18 @@ def _build(entry: Path, data: TextConfig, corpus: Corpus) -> None:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checksums(paths: Iterable[Path]) -> dict[str, str]:
+    """File name -> xxh3 of its bytes."""
+    found = {}
+    for path in paths:
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        found[path.name] = digest.hexdigest()
+    return found
 
 
 def _splitter(data: TextConfig, corpus: Corpus) -> Callable[[], Iterator[tuple[str, str, bool]]]:

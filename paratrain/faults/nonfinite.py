@@ -18,13 +18,14 @@ class NonFiniteError(UserError):
     step = 0
 
 
-def check(result: StepResult, step: int, late: bool, updated: bool) -> None:
+def check(result: StepResult, step: int, late: bool, updated: bool, half: bool = False) -> None:
     """Raise unless a step was finite, or counted nothing.
 
     Args:
         step: steps taken when it is noticed.
         late: it is noticed in the step after.
         updated: the weights have been updated with it.
+        half: activations are float16, which they may have left.
 
     Raises:
         NonFiniteError: it was not.
@@ -34,9 +35,10 @@ def check(result: StepResult, step: int, late: bool, updated: bool) -> None:
         return
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
     weights = "have been updated with it" if updated else "are those before this step"
+    instead = "move what overflows to float32 (precision.fallback.policy=module), write precision=bf16, or " if half else ""
     error = NonFiniteError(
         f"step {step}: the {what}, so training cannot go on (trainer.nonfinite=raise); the weights {weights}. "
-        "Lower optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
+        f"{instead.capitalize()}{'lower' if half else 'Lower'} optimizer.lr, clip (trainer.clip_norm=1.0), add warmup (scheduler.warmup_steps), or look for a division by zero or log(0) in the model or the data"
     )
     error.step = step - int(late)
     raise error

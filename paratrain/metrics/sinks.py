@@ -132,8 +132,12 @@ class Jsonl:
         self.file: TextIO | None = None
 
     def start(self, run: Mapping[str, Any]) -> None:
-        rows = _read_jsonl(self.path) if self.resume and self.path.exists() else []
-        notes.replace(self.path, "".join(json.dumps(row) + "\n" for row in _until(rows, run["step"])))
+        kept: list[str] = []
+        superseded: list[str] = []
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+            (kept if self.resume and _is_until(_row(line), run["step"]) else superseded).append(line + "\n")
+        _append(_superseded(self.path), "".join(superseded))
+        notes.replace(self.path, "".join(kept))
         self.file = self.path.open("a", buffering=1)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -155,8 +159,10 @@ class Csv:
         self.columns = ["step"]
 
     def start(self, run: Mapping[str, Any]) -> None:
-        rows = self._rows() if self.resume and self.path.exists() else []
-        kept = list(_until(rows, run["step"]))
+        rows = self._rows() if self.path.exists() else []
+        kept = [row for row in rows if self.resume and _is_until(row, run["step"])]
+        if superseded := [row for row in rows if row not in kept]:
+            _append(_superseded(self.path), _table(list(rows[0]), superseded))
         self.columns = list(kept[0]) if kept else ["step"]
         self._write(kept)
 
@@ -179,11 +185,7 @@ class Csv:
             return list(csv.DictReader(file))
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        notes.replace(self.path, text.getvalue())
+        notes.replace(self.path, _table(self.columns, rows))
 
 
 class TensorBoard:
@@ -198,7 +200,8 @@ class TensorBoard:
 
         if not self.resume:
             for old in self.directory.glob("events.out.tfevents.*"):
-                old.unlink()
+                _superseded(self.directory).mkdir(exist_ok=True)
+                old.rename(_superseded(self.directory) / old.name)
         self.writer = SummaryWriter(str(self.directory), purge_step=run["step"] + 1 if self.resume else None)
         facts = {name: run[name] for name in ("git_commit", "world_size", "config")}
         self.writer.add_text("run", f"```json\n{json.dumps(facts, indent=2, default=str)}\n```", run["step"])
@@ -212,21 +215,35 @@ class TensorBoard:
             self.writer.close()
 
 
-def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line a killed process was writing
-            continue
-        if isinstance(row, dict):
-            yield row
+def _superseded(path: Path) -> Path:
+    """Where rows of an earlier attempt go that this one logs again: metrics.superseded.jsonl for metrics.jsonl."""
+    return path.with_name(f"{path.stem}.superseded{path.suffix}")
 
 
-def _until(rows: Iterable[dict[str, Any]], step: int) -> Iterable[dict[str, Any]]:
-    """Rows up to `step`: those after it will be logged again. A row without a readable step was cut off."""
-    for row in rows:
-        try:
-            if int(row["step"]) <= step:
-                yield row
-        except (KeyError, TypeError, ValueError):
-            continue
+def _append(path: Path, text: str) -> None:
+    if text:
+        with path.open("a", newline="") as file:
+            file.write(text)
+
+
+def _table(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the line a killed process was writing
+        return None
+
+
+def _is_until(row: Any, step: int) -> bool:
+    """Whether a row is of a step up to `step`: later ones will be logged again. A row without a readable step was cut off."""
+    try:
+        return int(row["step"]) <= step
+    except (KeyError, TypeError, ValueError):
+        return False
