@@ -18,6 +18,7 @@ from paratrain.loss import Loss, checked
 from paratrain.metrics.flops import on_meta
 from paratrain.parallel import batch_norm, freeze, materialise
 from paratrain.precision import POLICIES
+from paratrain.recipe import recipe
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     Raises:
         UserError: when the config asks for what cannot be done here; says what to change.
     """
+    kept = recipe(model_fn, loss_fn)
     device = distributed.choose_device(cfg.trainer.device)
     distributed.init(device, timedelta(minutes=cfg.trainer.timeout_minutes))
     backends.check(cfg, device)
@@ -64,9 +66,12 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
-        return backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
-    laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
-    return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
+        engine = backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
+    else:
+        laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
+        engine = Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
+    engine.recipe = kept
+    return engine
 
 
 def _blueprint(model: nn.Module) -> nn.Module | None:

@@ -524,6 +524,11 @@ class Trainer:
         False,
         "update each weight as soon as backward has its gradient, which is freed at once: for one micro-batch a step, and no clipping",
     )
+    prove: Literal["background", "before", "off"] = key(
+        "background",
+        "prove on the CPU that the layout trains this model as one process does: beside the training, at the lowest priority, or before its "
+        "first step; off takes it on trust. The environment variable PARATRAIN_PROVE overrides it",
+    )
     log_every: int = key(10, "steps between log lines", minimum=1)
     eval_every: Time | None = key(None, "time between evaluations: 500, 1ep, 10Mtok, 10min; null: only at the end")
     eval_batches: int | None = key(None, "global batches in an evaluation; null: all", minimum=1)
@@ -576,7 +581,7 @@ class Checkpoint:
 class Verify:
     """`python -m paratrain verify`: is the layout the same function as one process?"""
 
-    steps: int = key(2, "steps to compare", minimum=1)
+    steps: int = key(4, "steps to compare", minimum=1)
     ranks: int = key(4, "local CPU processes of the layout", minimum=1)
     dtype: Literal["float64", "configured"] = key(
         "float64", "float64 in place of the precision, so that a difference is an error and not rounding; or the precision as configured"

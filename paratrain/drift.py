@@ -36,6 +36,7 @@ SAFE = (
     "trainer.log_every",
     "trainer.max_*",
     "trainer.nonfinite",
+    "trainer.prove",
     "trainer.spike*",
     "trainer.*timeout*",
     "trainer.update_in_backward",

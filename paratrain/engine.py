@@ -40,6 +40,7 @@ from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.pipeline_schedule import micro_batch_size
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
+from paratrain.recipe import Recipe
 from paratrain.result import Scalar, StepResult
 from paratrain.totals import Totals, or_one
 
@@ -56,7 +57,10 @@ class Engine:
         ema: moving average of the weights; None without `ema`.
         noise_scale: running averages behind `train/noise_scale`; None without `trainer.noise_scale`.
         micro_batch_size: samples a rank runs at once; None: its whole part of the global batch.
+        recipe: what `setup` was given, kept on rank 0 for `prove`.
     """
+
+    recipe = Recipe(None, "the engine was not made by paratrain.setup")
 
     def __init__(
         self,
@@ -170,6 +174,22 @@ class Engine:
         totals = self._losses.weighed(self._totals.over_ranks((*window, *self._losses.sums)))
         self._losses.begin()
         return StepResult(totals, math.nan, self.lr, self.scaler.scale, False, tuple(self._losses.weights))
+
+    def prove(self, batches: tuple[Any, Any] | Sequence[tuple[Any, Any]]) -> Any:
+        """Prove, on the CPU of rank 0's host, that this layout trains the model as one process does; every rank must call it, and waits.
+
+        Args:
+            batches: one global batch (inputs, targets) or several, as `local` takes them; rank 0's are used.
+
+        Returns:
+            The verdict: `status` ("proven", or "not proven" where nothing could be said), `line` for people, and `report`.
+
+        Raises:
+            UserError: something differs; names the first that does and its likely cause.
+        """
+        from paratrain.verify import background
+
+        return background.prove(self, batches)
 
     # ------------------------------------------------------------------ steps in the user's hands
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from paratrain import callbacks as events
-from paratrain import checkpoint, data, distributed, resume, when
+from paratrain import checkpoint, data, distributed, notes, resume, when
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
 from paratrain.checkpoint import lock
@@ -34,6 +35,7 @@ from paratrain.metrics import flops, sinks
 from paratrain.metrics.meter import Meter, device_peak
 from paratrain.result import StepResult
 from paratrain.schema import to_dict
+from paratrain.verify import background, verdict
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Trainer:
         engine: the `Engine`, for callbacks and loops of your own.
         output_dir: metrics, checkpoints and logs of the job.
         interrupted: whether a signal ended training before its time.
+        proof: the verdict on the layout, on every rank once `fit` returns; `status` is "running" until it is known.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Trainer:
         asked = Path(cfg.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.output_dir: Path = distributed.on_main(lambda: _writable(asked))
         self.interrupted = False
+        self.proof = verdict.Verdict("running", "not proven yet")
         self._made = made
         self._seconds = 0.0  # of training, by rank 0's clock, over all restarts
         self._asked = signals.Asked()
@@ -118,7 +122,8 @@ class Trainer:
         try:
             for sink in outputs:
                 sink.start(info)
-            with signals.listening(self._asked), self._watchdog:
+            self._outputs = outputs
+            with closing(self._prove(last)) as self._proof, signals.listening(self._asked), self._watchdog:
                 metrics = self._run(outputs, last)
             exit_code = 0
             return metrics
@@ -137,7 +142,7 @@ class Trainer:
             for sink in outputs:
                 sink.finish(exit_code)
 
-    def _run(self, outputs: list[sinks.Sink], last: int | None) -> dict[str, float]:
+    def _run(self, outputs: Sequence[sinks.Sink], last: int | None) -> dict[str, float]:
         engine, cfg = self.engine, self.cfg
         meter = self._meter()
         self._periods = {
@@ -162,15 +167,18 @@ class Trainer:
                 continue
             # rank 0's clock, any rank's signal and the end of a save reach all ranks in the collective that sums the loss
             elapsed = time.monotonic() - began if engine.is_main_process else 0.0
-            result = engine.train_step(batch, votes=(float(bool(self._asked)), elapsed, float(self.saver.ended), 1.0))
+            votes = float(bool(self._asked)), elapsed, float(self.saver.ended), 1.0, float(self._proof.failed())
+            result = engine.train_step(batch, votes=votes)
             self._watchdog.beat(f"training step {step + 2}")
             meter.add(batch.size, result.device_count if _is_text(batch) else None)
             self._emit("on_step_end", result)
             settled, settled_step = (result, step) if engine.device.type == "cpu" else (previous, step - 1)  # reading a step waits for it
             previous = result
             if settled is not None:
-                asked, self._seconds, saved, voters = settled.votes
+                asked, self._seconds, saved, voters, disproven = settled.votes
                 self.interrupted = asked > 0
+                if disproven:
+                    self._refuse_layout()
                 if saved == voters:
                     self._settle_save()
             bad = self._judge(result, step, settled, settled_step)
@@ -179,6 +187,8 @@ class Trainer:
                 batches, result, previous = self._batches(meter, last), None, None
                 self.goodput.start()
                 continue
+            if self._proof.told():
+                self._note_proof(self._proof.verdict)
             if engine.global_step == 1 or engine.global_step % cfg.trainer.log_every == 0:
                 metrics = self._log(outputs, result, meter)
             with meter.pause():
@@ -192,10 +202,62 @@ class Trainer:
                     metrics |= self._log(outputs, result, meter)
                 if not self.interrupted and self.eval_data is not None and self._evaluated[0] != engine.global_step:
                     metrics |= self._evaluate_and_log(outputs)
+            self._end_proof()
             self._finish_saves(save=cfg.checkpoint.at_end and result is not None)
         engine.check_last_step()
         self._emit("on_fit_end")
         return metrics
+
+    # ------------------------------------------------------------------ proof
+
+    def _prove(self, last: int | None) -> background.Proof:
+        """Begin to prove the layout, and with trainer.prove=before see it done."""
+        mode = distributed.on_main(lambda: background.chosen(self.cfg.trainer.prove))
+        proof = background.Proof(self.engine, self._first_batches, last, mode)
+        self.proof = proof.verdict
+        if mode == "before":
+            try:
+                self._note_proof(proof.wait(background.LONGEST))
+            except BaseException:
+                proof.close()
+                raise
+            if self.proof.status == "different":
+                raise UserError(background.refusal(self.proof))
+        if proof.told():
+            self._note_proof(proof.verdict)
+        return proof
+
+    def _first_batches(self, samples: int) -> list[tuple[Any, Any]]:
+        """The first global batches, each cut to about so many samples as they are read."""
+        parts = max(1, self.order.global_batch // samples)
+        stream = data.loader(self.train_data, self.order, 0, 0, parts, seed=self.cfg.seed, stop_step=verdict.STEPS)
+        return [(batch.inputs, batch.targets) for _, batch in stream]
+
+    def _refuse_layout(self) -> None:
+        found = self._proof.wait(0)
+        self._note_proof(found)
+        self._save(wait=True)
+        saved = f"Training was stopped after step {self.engine.global_step} and saved in {self.checkpoint_dir}: nothing is lost. "
+        raise UserError(background.refusal(found, saved))
+
+    def _end_proof(self) -> None:
+        """The verdict on every rank; a proof that still runs gets as long again as training took, and at most 10 seconds."""
+        found = self._proof.wait(min(self._seconds, 10.0))
+        if found.status == "different":
+            self._refuse_layout()
+        if found != self.proof:
+            self._note_proof(found)
+
+    def _note_proof(self, found: verdict.Verdict) -> None:
+        """Write the verdict wherever the run is recorded."""
+        self.proof = found
+        if not self.engine.is_main_process or found.status == "running":
+            return
+        log.log(logging.INFO if found.status == "proven" else logging.WARNING, found.line + (" (known from before)" if found.kept else ""))
+        for sink in self._outputs:
+            sink.note("proof", found.line)
+        record = {"proof": found.record(), "config": sinks.redact(to_dict(self.cfg))}
+        notes.attempt("config.json", lambda: notes.replace(self.output_dir / "config.json", json.dumps(record, indent=2)))
 
     def _batches(self, meter: Meter, last: int | None) -> Iterator[LocalBatch]:
         mesh = self.engine.mesh.data
@@ -227,7 +289,7 @@ class Trainer:
             recomputed={"none": 0.0, "full": 1.0 / cfg.memory.recompute_every}.get(cfg.memory.recompute),
         )
 
-    def _log(self, outputs: list[sinks.Sink], result: StepResult, meter: Meter) -> dict[str, float]:
+    def _log(self, outputs: Sequence[sinks.Sink], result: StepResult, meter: Meter) -> dict[str, float]:
         engine = self.engine
         metrics = {
             "tokens": engine.tokens,
@@ -291,7 +353,7 @@ class Trainer:
         self._emit("on_eval_end", metrics)
         return metrics
 
-    def _evaluate_and_log(self, outputs: list[sinks.Sink]) -> dict[str, float]:
+    def _evaluate_and_log(self, outputs: Sequence[sinks.Sink]) -> dict[str, float]:
         step, options = self.engine.global_step, self.cfg.checkpoint
         with self.goodput.during("evaluation"):
             metrics = self.evaluate()
@@ -329,6 +391,7 @@ class Trainer:
                 "left_out": sorted(self._left_out),
                 "spike": self._spikes.state_dict(),
                 "goodput": self.goodput.state(),
+                "proof": self.proof.record(),
             }
             self._watchdog.beat("saving")
             self.saver.begin(step, extra, wait=wait)

@@ -8,6 +8,8 @@ import pytest
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy are first imported
     os.environ[variable] = "1"
 
+os.environ.setdefault("PARATRAIN_PROVE", "off")  # hundreds of trainers are made here; what proves them is tested by itself
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _end_warm_process():

@@ -39,7 +39,7 @@ class Sink(Protocol):
         """Called once; nothing is logged after it."""
 
 
-def build(options: Logger, run_dir: str | Path, resume: bool) -> list[Sink]:
+def build(options: Logger, run_dir: str | Path, resume: bool) -> list[_Guarded]:
     """The sinks of `logger.sinks` on rank 0, none on the others.
 
     Args:
@@ -111,6 +111,11 @@ class _Guarded:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._try(lambda: self.sink.log(step, metrics), f"at step {step}")
+
+    def note(self, name: str, text: str) -> None:
+        """A fact of the run that becomes known as it goes; for sinks that have a place for it (`note`)."""
+        if hasattr(self.sink, "note"):
+            self._try(lambda: self.sink.note(name, text), f"at the note {name}")
 
     def finish(self, exit_code: int) -> None:
         self._try(lambda: self.sink.finish(exit_code), "at the end")
@@ -205,6 +210,9 @@ class TensorBoard:
         self.writer = SummaryWriter(str(self.directory), purge_step=run["step"] + 1 if self.resume else None)
         facts = {name: run[name] for name in ("git_commit", "world_size", "config")}
         self.writer.add_text("run", f"```json\n{json.dumps(facts, indent=2, default=str)}\n```", run["step"])
+
+    def note(self, name: str, text: str) -> None:
+        self.writer.add_text(name, text)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():

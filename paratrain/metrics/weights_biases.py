@@ -41,7 +41,7 @@ class WeightsAndBiases:
 
     def __init__(self, options: WandB, run_dir: Path, resume: bool):
         self.options, self.run_dir, self.resume = options, run_dir, resume
-        self.rows: queue.Queue[dict[str, float] | int] = queue.Queue(_QUEUE_ROWS)
+        self.rows: queue.Queue[dict[str, float] | tuple[str, str] | int] = queue.Queue(_QUEUE_ROWS)
         self.thread: threading.Thread | None = None
         self.recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_KEPT_ROWS)
         self.dropped = 0
@@ -66,6 +66,11 @@ class WeightsAndBiases:
             if not self.dropped:
                 log.warning("W&B is %d rows behind; rows are dropped until it catches up", _QUEUE_ROWS)
             self.dropped += 1
+
+    def note(self, name: str, text: str) -> None:
+        with contextlib.suppress(queue.Full):
+            if self.thread and self.thread.is_alive():
+                self.rows.put_nowait((name, text))
 
     def finish(self, exit_code: int) -> None:
         if not self.thread or not self.thread.is_alive():
@@ -96,6 +101,9 @@ class WeightsAndBiases:
         for row in list(self.recent):
             run.log(row)
         while not isinstance(item := self.rows.get(), int):
+            if isinstance(item, tuple):
+                run.summary[item[0]] = item[1]
+                continue
             self.recent.append(item)
             run.log(item)
         self.rows.put_nowait(item)  # the end is still to come if this session fails at it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paratrain.config import Config
 from paratrain.verify.evidence import Solo
-from paratrain.verify.record import Key
+from paratrain.verify.trace import Key
 
 REDUCTION = "strategy, and how your own code calls backward (engine.backward, engine.no_sync)"
 COUNT = "loss (return (sum, count)), trainer.loss_count"

@@ -34,7 +34,7 @@ def verify_main(arguments: list[str]) -> int:
         except OSError as error:
             raise UserError(f"--html {asked.html}: cannot write there ({error.strerror})") from None
     print(report.to_json() if asked.json else report.text())
-    return 0 if report.ok else 1
+    return 3 if report.unproven else 0 if report.ok else 1
 
 
 def cut(cfg: Config) -> Config:

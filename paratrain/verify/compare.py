@@ -1,18 +1,19 @@
 """Compare what one process and the ranks of a layout recorded, with tolerances that follow from rounding.
 
-For an event e (a tensor, recorded on one process as x, under the layout as y, and on one process with the samples of each batch in
-another order as z), with norms over all elements,
+For an event e (a tensor, recorded on one process as x, under the layout as y, and on one process with every weight moved by its last bit
+as z), with norms over all elements,
 
     differs  if  |y - x| > lambda * scale * max(noise, floor)
     scale  = max(|x|, rms of the events of this kind * sqrt(elements))
-    noise  = the largest |z - x| / scale of this kind up to this step: what reordering sums does to this very model
+    noise  = the largest |z - x| / scale of this kind up to this step: what rounding does to this very model
     floor  = u * sqrt(n * d): how the rounding of a sum of n terms grows (Higham and Mary, "A New Approach to Probabilistic Rounding
-             Error Analysis", 2019, theorem 2.4), over d operations in a row; u is the unit roundoff of the dtype. In 16 bits,
-             u16 * sqrt(d) comes on top: sums are kept in float32, and what every operation returns is rounded.
+             Error Analysis", 2019, theorem 2.4), over d operations in a row; u is the unit roundoff of the narrowest dtype that was seen,
+             inside of modules too. In 16 bits, u16 * sqrt(d) comes on top: sums are kept in float32, and what every operation returns
+             is rounded.
     lambda = sqrt(2 ln(2 M / p)): the bound that all of M comparisons keep with probability 1 - p, p = 1e-6 (the same theorem)
 
 n is the longest sum that makes up such a tensor: the widest row of a weight for activations, also the positions of the global batch for
-the loss and gradients, and all parameters for the norm. What is integer must be equal.
+the loss and gradients, and all parameters for the norm. What is integer must be equal; a count that is none is a sum like any other.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from paratrain.verify.record import Event, Key, Trace
+from paratrain.verify.attributes import Found, apart
+from paratrain.verify.trace import Event, Key, Trace
 
 FALSE_ALARM = 1e-6  # probability that rounding alone makes a run of verify fail
 _ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-_EXACT = ("count", "loss scale")
 
 
 @dataclass
@@ -68,13 +70,14 @@ class Difference:
 
 @dataclass
 class Line:
-    """What was compared of one kind: how many tensors, the worst of them and its tolerance, both relative."""
+    """What was compared of one kind: how many tensors, the worst of them and its tolerance, both relative, and the widest tolerance."""
 
     kind: str
     compared: int = 0
     differ: int = 0
     worst: float = 0.0
     tolerance: float = 0.0
+    widest: float = 0.0
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Comparison:
     differences: list[Difference] = field(default_factory=list)
     lines: dict[str, Line] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # outputs whose dim 0 does not count samples
+    passing: list[str] = field(default_factory=list)  # state that is of the last forward alone
     bound: Tolerance | None = None
 
     def line(self, kind: str) -> Line:
@@ -96,8 +100,9 @@ def compare(reference: Trace, noise: Trace, ranks: Sequence[Trace], compute: tor
     for step in steps:
         _compare_samples(step, reference, ranks, result)
         for key, event in reference.events.items():
-            if key.step == step:
+            if key.step == step and not (key.kind == "buffer" and _passing(key, event, reference, ranks, result)):
                 _compare_event(key, event, ranks, bound, result)
+        _compare_attributes(step, reference, ranks, bound, result)
     return result
 
 
@@ -106,14 +111,19 @@ class Tolerance:
 
     def __init__(self, reference: Trace, noise: Trace, compute: torch.dtype):
         events = reference.events
-        seen = {event.dtype for key, event in events.items() if key.kind != "optimizer state"}
+        seen = {event.dtype for key, event in events.items() if key.kind != "optimizer state"} | reference.extra["narrow"]
+        counts = [float(event.value) for key, event in events.items() if key.kind == "count"]
+        self.counts = 0.0  # unit roundoff of the sum that is the count
+        if any(not count.is_integer() or count >= 2.0**24 for count in counts):
+            self.counts = _ROUNDOFF.get(reference.extra.get("count dtype", torch.float64), 0.0)
+            seen.add(reference.extra.get("count dtype", torch.float64))
         self.roundoff = max(_ROUNDOFF.get(dtype, 0.0) for dtype in (compute, reference.loss_dtype, *seen))
-        self.depth = max(reference.depth, 1)
+        self.depth = max(reference.depth, reference.extra["modules"], 1)
         self.confidence = math.sqrt(2 * math.log(2 * max(len(events), 1) / FALSE_ALARM))
         weights = [event for key, event in events.items() if key.kind == "initial weight"]
         rows = [e.per_sample * len(e.value) * math.prod(e.shape[:-1]) for k, e in events.items() if k.kind == "activation" and e.per_sample]
-        width = max([1, *(event.numel // event.shape[0] for event in weights if event.shape)])
-        positions = max([width, *rows])
+        width = max([1, *(event.numel // event.shape[0] for event in weights if event.numel and event.shape)])
+        positions = max([width, reference.extra["positions"], *rows])
         self.longest = {"activation": width, "gradient norm": max(positions, sum(e.numel for e in weights)), "": positions}
         self.rms = self._root_mean_squares(events)
         self.noise = self._noise(events, noise.events)
@@ -147,8 +157,10 @@ class Tolerance:
 
     def __call__(self, key: Key, event: Event) -> float:
         """How far two correct results may be apart, as a norm."""
-        if not event.dtype.is_floating_point or key.kind in _EXACT or key.step < 0:
+        if not event.dtype.is_floating_point or key.step < 0:
             return 0.0
+        if key.kind == "count":
+            return self.confidence * self.scale(key, event) * self.counts * math.sqrt(self.longest[""])
         steps = (max(key.step, 0) + 1) * self.depth
         length = self.longest.get(key.kind, self.longest[""])
         half = self.roundoff > _ROUNDOFF[torch.float32]
@@ -227,6 +239,7 @@ def _compare_event(key: Key, event: Event, ranks: Sequence[Trace], bound: Tolera
                 wrong += members
     line = result.line(key.kind)
     line.compared += 1
+    line.widest = max(line.widest, allowed / norm)
     if worst >= line.worst:
         line.worst, line.tolerance = worst, allowed / norm
     if wrong:
@@ -236,6 +249,56 @@ def _compare_event(key: Key, event: Event, ranks: Sequence[Trace], bound: Tolera
             values = sorted({f"{float(other.value):.10g}" for other in found.values()})
             difference.detail = f"{' and '.join(values)}, on one process {float(event.value):.10g}"
         result.differences.append(difference)
+
+
+def _passing(key: Key, event: Event, reference: Trace, ranks: Sequence[Trace], result: Comparison) -> bool:
+    """Whether a buffer says only what the last forward was given: its rows are the samples of a micro-batch, or it forgets."""
+    others = [trace.events[key] for trace in ranks if key in trace.events]
+    sized = event.shape and event.shape[0] == reference.extra["samples"]
+    sized = sized and any(other.shape != event.shape and other.shape[1:] == event.shape[1:] for other in others)
+    if sized or f"buffer {key.name}" in reference.extra["attributes"].memoryless:
+        result.passing.append(key.name)
+        return True
+    return False
+
+
+def _compare_attributes(step: int, reference: Trace, ranks: Sequence[Trace], bound: Tolerance, result: Comparison) -> None:
+    """Numbers and tensors in plain attributes, of those that moved anywhere."""
+    found: Found = reference.extra["attributes"]
+    here = found.after.get(step, {})
+    theirs = [trace.extra["attributes"] for trace in ranks]
+    moved = dict.fromkeys([*here, *(name for other in theirs for name in other.after.get(step, {}) if name in found.first)])
+    for name in moved:
+        if name in found.memoryless:
+            result.passing.append(name)
+            continue
+        expected = here.get(name, found.first.get(name))
+        line = result.line("attribute")
+        line.compared += 1
+        wrong: dict[int, Any] = {}
+        for rank, other in enumerate(theirs):
+            got = other.after.get(step, {}).get(name, other.first.get(name))
+            if got is None or expected is None:  # on another stage, or made by one of the two alone
+                continue
+            off = apart(got, expected)
+            if off is None:
+                result.passing.append(name)
+                continue
+            line.worst = max(line.worst, off)
+            if off > max(1e-6, 1e4 * bound.roundoff):
+                wrong[rank] = got
+        if wrong:
+            line.differ += 1
+            values = sorted({_short(value) for value in wrong.values()})
+            detail = f"{name} is {' and '.join(values)} after step {step}, on one process {_short(expected)}"
+            worst = max(apart(value, expected) or 0.0 for value in wrong.values())
+            result.differences.append(Difference(Key(step, "attribute", name), list(wrong), worst, 1e-6, error="state", detail=detail))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor) and value.numel() > 1:
+        return f"a tensor of norm {float(value.double().norm()):.6g}"
+    return f"{float(value):.10g}"
 
 
 def _activations(key: Key, event: Event, found: dict[int, Event], ranks: Sequence[Trace], result: Comparison):

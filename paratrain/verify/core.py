@@ -17,13 +17,14 @@ from paratrain import spawn
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import AXES
-from paratrain.precision import POLICIES
 from paratrain.verify import explain, life, run
 from paratrain.verify.case import Evidence, Explanation
 from paratrain.verify.compare import Comparison, Difference, compare
-from paratrain.verify.record import Key, Trace
+from paratrain.verify.doubt import doubts
+from paratrain.verify.plain import DTYPES
 from paratrain.verify.report import Report
 from paratrain.verify.run import Job
+from paratrain.verify.trace import Key, Trace
 
 
 def verify(
@@ -65,40 +66,51 @@ def verify(
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, micro_batch_size=None))
     if options.dtype == "float64":
         cfg = run.exact(cfg)
-    ranks = options.ranks if ranks is None else ranks
     batches = [batch] if isinstance(batch, tuple) else batch
-    job = Job(model_fn, loss_fn, batches, cfg, options.steps, ranks)
-    timeout = 60 * options.timeout_minutes
+    total = cfg.scheduler.total_steps or cfg.trainer.max_steps
+    job = Job(model_fn, loss_fn, batches, cfg, options.steps, options.ranks if ranks is None else ranks, total)
+    report = examine(job, 60 * options.timeout_minutes, with_life=True)
+    return dataclasses.replace(report, seconds=time.monotonic() - began)
+
+
+def examine(job: Job, timeout: float, with_life: bool) -> Report:
+    """Run `job` on one process and under its layout, and compare.
+
+    Args:
+        timeout: seconds that each run may take.
+        with_life: look at dropout, and at a save and a resume, too.
+    """
+    cfg, setup = job.cfg, _describe(job)
     reference, noise = _single(job, timeout)
     traces = _layout(run.layout, job, timeout)
-    setup = _describe(job)
     if isinstance(traces, Report):
-        return dataclasses.replace(traces, setup=setup, seconds=time.monotonic() - began)
-    policy = POLICIES[cfg.precision.name]
-    result = compare(reference, noise, traces, policy.autocast_dtype or policy.param_dtype)
+        return dataclasses.replace(traces, setup=setup)
+    autocast = DTYPES[cfg.precision.name]
+    result = compare(reference, noise, traces, autocast[1] or autocast[0])
     split = [axis for axis in ("tp", "pp", "cp", "ep") if getattr(cfg.parallel, axis) > 1 and traces[0].extra.get("split")]
-    notes = _notes(result, reference)
-    if split:
-        parts = "buffers and optimizer states" if split == ["tp"] else "activations, buffers and optimizer states"
-        notes.append(
-            f"under {', '.join(split)} a rank holds parts of tensors: {parts} are not compared; dropout and the step after a resume are not looked at"
-        )
-    if "gradient" in traces[0].extra["hidden"]:
-        notes.append(
-            f"strategy={cfg.strategy.name} does not show every rank's gradients: what it does not show is compared by the norm and the updates"
-        )
+    notes = _notes(result, traces, split, job)
     differences, explanation = result.differences, ""
-    if differences:
+    unproven = doubts(result, reference, traces)
+    if unproven:
+        differences = []
+    elif differences and not job.activations:
+        fuller = dataclasses.replace(job, activations=True, cpu_seconds=None)  # a difference is worth its explanation, and a second look
+        report = examine(fuller, timeout, with_life=False)
+        return report if not report.ok else dataclasses.replace(report, unproven="two runs of it disagree about whether anything differs")
+    elif differences:
         explanation = _explain(job, differences[0], reference, traces, timeout, notes)
-    elif not split:
+        state = next((other for other in differences if other.key.kind == "attribute"), None)
+        if state is not None and differences[0].error == "unknown":  # what no simple relation explains, this does
+            explanation, differences[0].error = str(explain.moved(state)), "state"
+    elif not split and with_life:
         found = _life(job, result, timeout)
         if isinstance(found, Report):
-            return dataclasses.replace(found, setup=setup, seconds=time.monotonic() - began)
+            return dataclasses.replace(found, setup=setup)
         differences = [difference for difference, _ in found]
         explanation = str(found[0][1]) if found else ""
         notes += life.notes(result)
     first = differences[0] if differences else None
-    return Report(first, explanation, differences, list(result.lines.values()), setup, notes, time.monotonic() - began)
+    return Report(first, explanation, differences, list(result.lines.values()), setup, notes, unproven=unproven)
 
 
 def check(
@@ -124,7 +136,7 @@ def check(
 
 
 def _on_one(job: Job) -> Any:
-    """Two independent single processes side by side: rank 0 the reference, rank 1 with permuted samples."""
+    """Two independent single processes side by side: rank 0 the reference, rank 1 with weights moved by their last bit."""
     return run.reference(job, os.environ["RANK"] == "1")
 
 
@@ -192,6 +204,8 @@ def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace],
         found = explain.shape(first.key, first.detail)
     elif first.key.kind == "data":
         found = _explain_data(first)
+    elif first.key.kind == "attribute":
+        found = explain.moved(first)
     else:
         evidence = _evidence(job, first, reference, traces, timeout, notes)
         first.largest = max(
@@ -233,9 +247,9 @@ def _evidence(job: Job, first: Difference, reference: Trace, traces: list[Trace]
     solo = single.extra.get("solo")
     if isinstance(solo, str):
         notes.append(f"the step could not be taken apart by ranks ({solo}), so the explanation knows less")
-    numbers = {
+    numbers = {"loss scale": traces[0].extra["loss scale"]} | {
         name: float(single.events[Key(key.step, name, "")].value)
-        for name in ("loss scale", "gradient norm", "learning rate")
+        for name in ("gradient norm", "learning rate")
         if Key(key.step, name, "") in single.events
     }
     numbers["samples"] = float(len(reference.samples.get(key.step, ())))
@@ -281,16 +295,27 @@ def _describe(job: Job) -> dict[str, Any]:
     }
 
 
-def _notes(result: Comparison, reference: Trace) -> list[str]:
+def _notes(result: Comparison, traces: list[Trace], split: list[str], job: Job) -> list[str]:
     notes = []
     if result.skipped:
         names = list(dict.fromkeys(result.skipped))
         notes.append(
             f"{len(names)} outputs are not compared, because their dim 0 does not count samples: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         )
-    if reference.extra.get("random"):
+    if result.passing:
+        names = list(dict.fromkeys(result.passing))
         notes.append(
-            "the model draws random numbers beside dropout, which differ between layouts by right: what depends on them is expected to differ; "
-            "make it a function of its input to compare the rest"
+            f"{len(names)} attributes or buffers are not compared, because they say only what the last forward was given: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         )
+    if split:
+        parts = "optimizer states" if split == ["tp"] else "activations and optimizer states"
+        notes.append(
+            f"under {', '.join(split)} a rank holds parts of tensors: {parts} are not compared; dropout and the step after a resume are not looked at"
+        )
+    if "gradient" in traces[0].extra["hidden"]:
+        why = "trainer.update_in_backward" if job.cfg.trainer.update_in_backward else f"strategy={job.cfg.strategy.name}"
+        notes.append(f"{why} does not show every rank's gradients: what it does not show is compared by the norm and the updates")
+    if any(any(found) for found in traces[0].extra["draws"].values()):
+        notes.append("the model draws random numbers beside dropout: each draw was replaced by one number, the same for every sample")
     return notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import batch as batches
 from paratrain import rng
-from paratrain.batch import LocalBatch
-from paratrain.engine import Engine
 
 if TYPE_CHECKING:
-    from paratrain.verify.record import Key
+    from paratrain.verify.trace import Key
 
 
 @dataclass
@@ -53,14 +51,16 @@ class Solo:
         return sum(part.count for rank in self.parts for part in rank)
 
 
-def solo(engine: Engine, share: LocalBatch, ranks: int, micro_batch_size: int | None, key: Key) -> Solo:
-    """Take the step that `engine`, alone, is about to take apart into what `ranks` data ranks would contribute; changes nothing."""
+Measure = Callable[[Any, Any, int], tuple[Tensor, Any]]  # (inputs, targets, real samples) -> (sum, count) of the loss
+
+
+def solo(model: nn.Module, measure: Measure, batch: tuple[Any, Any], ranks: int, micro_batch_size: int | None, key: Key) -> Solo:
+    """Take the step that `model` is about to take on `batch` apart into what `ranks` data ranks would contribute; changes nothing."""
     found = Solo()
-    model = engine.model
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     aliases = _aliases(model, key.name)
     target = next((name for name in aliases if name in params), key.name)
-    with rng.preserved(engine.device), _buffers_restored(model):
+    with rng.preserved(torch.device("cpu")), _buffers_restored(model):
         start = {name: buffer.clone() for name, buffer in model.named_buffers()}
         for rank in range(ranks):
             with torch.no_grad():
@@ -69,10 +69,10 @@ def solo(engine: Engine, share: LocalBatch, ranks: int, micro_batch_size: int | 
             parts: list[Part] = []
             outputs: list[Tensor] = []
             grads = {name: torch.zeros_like(param) for name, param in params.items()}
-            local = batches.local((share.inputs, share.targets), rank, ranks)
+            local = batches.local(batch, rank, ranks)
             for inputs, targets, real in batches.split(local, micro_batch_size):
                 with _captured(model, key, outputs):
-                    total, count = engine._loss(model, inputs, targets, real)
+                    total, count = measure(inputs, targets, real)
                 found_grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
                 own = dict(zip(params, found_grads, strict=True))
                 for name, grad in own.items():
@@ -87,7 +87,7 @@ def solo(engine: Engine, share: LocalBatch, ranks: int, micro_batch_size: int | 
             if key.name in buffers:
                 found.buffers.append(buffers[key.name].clone())
         if len(aliases) > 1:
-            found.uses = _by_use(engine, share, aliases)
+            found.uses = _by_use(model, measure, batch, aliases)
     return found
 
 
@@ -101,15 +101,15 @@ def _aliases(model: nn.Module, name: str) -> list[str]:
     return [other for other, param in params.items() if name in params and param is params[name]]
 
 
-def _by_use(engine: Engine, share: LocalBatch, aliases: list[str]) -> dict[str, Tensor]:
+def _by_use(model: nn.Module, measure: Measure, batch: tuple[Any, Any], aliases: list[str]) -> dict[str, Tensor]:
     """The gradient of a shared parameter through each of the modules that hold it."""
-    owners = [(engine.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in aliases]
+    owners = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in aliases]
     original = getattr(*owners[0])
     copies = [nn.Parameter(original.detach().clone()) for _ in owners]
     try:
         for (owner, attribute), copy in zip(owners, copies, strict=True):
             setattr(owner, attribute, copy)
-        total, _ = engine._loss(engine.model, share.inputs, share.targets, share.real)
+        total, _ = measure(*batch, batches.samples(batch))
         grads = torch.autograd.grad(total, copies, allow_unused=True)
     finally:
         for owner, attribute in owners:

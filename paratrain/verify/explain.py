@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from paratrain.verify import sums, values
 from paratrain.verify.case import REDUCTION, Evidence, Explanation, ranks_text
-from paratrain.verify.record import Key
+from paratrain.verify.compare import Difference
+from paratrain.verify.trace import Key
 
 _HYPOTHESES = (
     values.not_finite,
@@ -54,6 +55,17 @@ def missing(key: Key, wrong: list[int]) -> Explanation:
             REDUCTION,
         )
     return Explanation("missing", f"not there on {ranks}", "the layout renamed, dropped or replaced it", "strategy, parallel")
+
+
+def moved(first: Difference) -> Explanation:
+    """A plain attribute that forward moves."""
+    return Explanation(
+        "state",
+        f"{first.detail}",
+        "forward (or the loss) moves it once a micro-batch, once a rank, or once more in recomputation, where one process moves it once a step; "
+        "or each rank moves it by its own samples",
+        "move it once a step, from what all ranks have: in a callback's on_step_end, or by a collective in forward with data.micro_batch_size=null",
+    )
 
 
 def shape(key: Key, detail: str) -> Explanation:

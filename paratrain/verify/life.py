@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from paratrain.verify.case import Explanation
 from paratrain.verify.compare import Comparison, Difference, Line, peers
-from paratrain.verify.record import Key, Trace
+from paratrain.verify.trace import Key, Trace
 
 Finding = tuple[Difference, Explanation]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from paratrain.verify.compare import Difference, Line
 
+MEASURED = ("loss", "gradient", "gradient norm", "clipped gradient", "weight")
+
 
 @dataclass
 class Report:
@@ -24,6 +26,7 @@ class Report:
         setup: the layout in words and numbers.
         notes: what was left out of the comparison, and why.
         seconds: how long it took.
+        unproven: why nothing could be proven either way; "" where something was.
     """
 
     first_difference: Difference | None
@@ -33,14 +36,22 @@ class Report:
     setup: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    unproven: str = ""
 
     @property
     def ok(self) -> bool:
-        return self.first_difference is None
+        return self.first_difference is None and not self.unproven
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference of a loss, gradient, norm or weight."""
+        return max((line.worst for line in self.lines if line.kind in MEASURED), default=0.0)
 
     def verdict(self) -> str:
         """One sentence."""
         first, where = self.first_difference, self.setup["layout"]
+        if self.unproven:
+            return f"NOT PROVEN: {where}: {self.unproven}"
         if first is None:
             return f"SAME FUNCTION: {where} trains as one process does"
         when = "before the first step" if first.step < 0 else f"in step {first.step}"
@@ -72,6 +83,7 @@ class Report:
         """Plain data: ok, verdict, explanation, first_difference, differences (the first 100), compared, setup, notes, seconds."""
         return {
             "ok": self.ok,
+            "unproven": self.unproven,
             "verdict": self.verdict(),
             "explanation": self.explanation,
             "first_difference": _plain(self.first_difference) if self.first_difference else None,
