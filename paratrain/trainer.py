@@ -253,7 +253,10 @@ class Trainer:
         self.proof = found
         if not self.engine.is_main_process or found.status == "running":
             return
-        log.log(logging.INFO if found.status == "proven" else logging.WARNING, found.line + (" (known from before)" if found.kept else ""))
+        log.log(
+            logging.INFO if found.status in ("proven", "off") else logging.WARNING,
+            found.line + (" (known from before)" if found.kept else ""),
+        )
         for sink in self._outputs:
             sink.note("proof", found.line)
         record = {"proof": found.record(), "config": sinks.redact(to_dict(self.cfg))}

@@ -20,6 +20,7 @@ from paratrain import distributed
 from paratrain.engine import Engine
 from paratrain.errors import UserError
 from paratrain.mesh import AXES
+from paratrain.recipe import dumps
 from paratrain.schema import to_dict
 from paratrain.verify import verdict as verdicts
 from paratrain.verify.smaller import Smaller, elements_of, smaller
@@ -39,7 +40,6 @@ NICE = 19
 
 _BESIDE = 6 * 3600.0
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_PROCID", "PARATRAIN_JOB", "TORCH_NCCL")
-_MOST_DATA = 256 << 20
 
 
 def chosen(asked: str) -> str:
@@ -165,11 +165,7 @@ _START = "import sys; sys.path[:] = sys.argv[2:]; del sys.argv[2:]\nfrom paratra
 
 
 def _task(engine: Engine, small: Smaller, batches: list[tuple[Any, Any]], total: int | None) -> Task:
-    import cloudpickle
-
-    data = cloudpickle.dumps(batches)
-    if len(data) > _MOST_DATA:
-        raise UserError(f"they take {len(data) >> 20} MiB")
+    data = dumps(batches)
     assert engine.recipe.data is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = max(30.0, 0.02 * 600 * cores)  # 2 % of ten minutes of this host

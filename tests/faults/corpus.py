@@ -13,11 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paratrain import engine as engines
 from paratrain import gradients, layout, rng, state
-from paratrain.config import DDP, Config, LossScale, Optimizer, Parallel, Precision, Scheduler, SyntheticData, Trainer, Verify
+from paratrain.config import DDP, Config, LossScale, Memory, Optimizer, Parallel, Precision, Scheduler, SyntheticData, Trainer, Verify
 from paratrain.engine import Engine
 from paratrain.parallel.experts import Experts
 
-from . import models
+from . import models, programs
+
+ANY = ""
+"""In place of a kind of error: found, whatever it is called."""
 
 
 def config(micro: int | None = None, clip: float | None = 0.5, size: int = 10, **sections: Any) -> Config:
@@ -26,6 +29,7 @@ def config(micro: int | None = None, clip: float | None = 0.5, size: int = 10, *
         optimizer=Optimizer(lr=1e-2, weight_decay=0.1),
         data=SyntheticData(micro_batch_size=micro, global_batch=size),
         trainer=Trainer(clip_norm=clip, device="cpu"),
+        verify=Verify(steps=2),
         strategy=DDP(find_unused_parameters=False),
     )
     return replace(base, **sections)
@@ -40,7 +44,7 @@ class Fault:
         sow: changes the process of a rank so that it is; None where the model, loss or configuration is at fault.
         error: what `first_difference.error` must be.
         says: what the explanation must contain.
-        build: the model; `sown` is True in the ranks of a layout of several.
+        build: the model; `sown` is True in the ranks of a layout of several. `loss` likewise; `module` makes one that is a module.
     """
 
     name: str
@@ -48,7 +52,8 @@ class Fault:
     error: str
     says: str
     build: Callable[[bool], nn.Module] = lambda sown: models.Tied()
-    loss: Callable[[bool], Callable] = lambda sown: models.token_loss
+    loss: Callable[[bool], Callable] | None = lambda sown: models.token_loss
+    module: Callable[[], nn.Module] | None = None
     batches: list = field(default_factory=models.tokens)
     cfg: Config = field(default_factory=config)
     ranks: int = 3
@@ -61,12 +66,14 @@ class Fault:
         return self.build(sown)
 
     def loss_fn(self, outputs: Any, targets: Any) -> Any:
+        assert self.loss is not None
         return self.loss(dist.get_world_size() > 1)(outputs, targets)
 
     def verify(self):
         from paratrain.verify import verify
 
-        return verify(self.model_fn, self.loss_fn, self.batches, self.cfg, self.ranks)
+        loss_fn = self.module() if self.module is not None else self.loss_fn
+        return verify(self.model_fn, loss_fn, self.batches, self.cfg, self.ranks)
 
 
 def before(owner: Any, name: str, action: Callable) -> None:
@@ -329,4 +336,37 @@ CORPUS = [
     Fault("state that no checkpoint holds", None, "stale state", "outside the checkpoint", build=lambda sown: models.Counting(), loss=lambda sown: models.square_loss, batches=models.vectors()),
     Fault("expert gradients scaled by ep", experts_scaled_by_ep, "expert scale", "degree of axis ep", build=lambda sown: models.mixture(), cfg=EXPERTS, ranks=4),
     Fault("one rank fails", raise_on_one_rank, "exception", "ran out of something"),
+    # programs as users write them, each with what a layout has done to it: what would be found if the mend were taken out
+    *(
+        Fault(name, None, error, says, build=build, loss=lambda sown: models.square_loss, batches=models.vectors(), cfg=cfg, ranks=2)
+        for name, build, error, says, cfg in [
+            ("a BatchNorm subclass loses its own forward", programs.norm_act, ANY, "", config()),
+            ("a mask that hangs on no weight is remembered from the first batch", programs.Passed, ANY, "", config()),
+            ("weights reached another way get no gradient", programs.Detached, "missing", "does not use this parameter", config()),
+            ("blocks write into a copy of a list", programs.ListArgument, ANY, "", config()),
+            ("what a constructor draws depends on the rank", programs.Drawn, ANY, "", config()),
+            ("a tensor in a dict is never filled", programs.Garbage, ANY, "", config()),
+            ("a counter moves once a micro-batch", programs.Steps, "state", "once a micro-batch", config(2)),
+            ("a counter moves again in recomputation", programs.Steps, "state", "recomputation", config(memory=Memory(recompute="full", blocks=["up"]), strategy=DDP())),
+            ("a memory carries each rank's own mean", programs.Carried, ANY, "", config()),
+            ("an average in a buffer moves once a micro-batch", programs.Average, ANY, "", config(2)),
+            ("a memory holds this rank's last sample", programs.Queue, ANY, "", config()),
+            ("a codebook counts this rank's samples", programs.Codebook, "own statistics", "not synchronised", config()),
+            ("writes into a weight go nowhere", programs.Padded, ANY, "", config()),
+            ("a hook sees the gradient of a part", programs.Clamped, ANY, "", config(2)),
+            ("a weight switched on after set-up is not trained", programs.Frozen, "missing", "does not use this parameter", config()),
+            ("two names of one weight come apart", programs.Untied, ANY, "", config()),
+            ("the parts of a fused weight in the order of ranks", programs.Heads, ANY, "", config()),
+        ]
+    ),
+    Fault("a term left in a list is lost", None, ANY, "", build=programs.Appends, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
+    Fault("a gradient of a gradient is lost", None, ANY, "", build=programs.Penalised, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
+    Fault("a loss moves a state of its own", None, "state", "or the loss", build=lambda sown: models.mlp(), loss=None, module=programs.StateInLoss, batches=models.vectors(), cfg=config(2), ranks=2),
+    Fault("samples counted by every rank that holds a part of them", None, "count", "more targets", build=lambda sown: models.mlp(), loss=lambda sown: programs.counted_twice if sown else models.square_loss, batches=models.vectors(), ranks=2),
+    Fault("a mean over tokens weighed by samples", None, "count", "targets", loss=lambda sown: programs.own_means if sown else models.token_loss, ranks=2),
+    Fault("a mean over the weights of classes taken for one over targets", None, "count", "targets", loss=programs.weighed, ranks=2),
+    Fault("the gradient of a count is lost", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.count_with_gradient, batches=models.vectors(), ranks=2),
+    Fault("a list is not sliced with its tensors", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.first_labels, batches=models.vectors(), ranks=2),
+    Fault("a loss compares the samples of a part", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.contrast, batches=models.vectors(), ranks=2),
+    Fault("stochastic depth, and a loss averaged by ranks", mean_of_rank_means, "mean of means", "by ranks", build=programs.Dropped, loss=lambda sown: models.square_loss, batches=models.vectors(9), ranks=2),
 ]  # fmt: skip

@@ -1,0 +1,145 @@
+"""Are there false alarms? The proof of every architecture of transformers that a small configuration builds: `python -m benchmarks.prove_transformers`.
+
+Each model is proven as a job is, over two ranks with micro-batches and masked targets. A difference is a false alarm unless the model itself computes
+what depends on its micro-batch, which its line then says. Options: LAYOUT [NAME ...], where LAYOUT is ddp, zero1 or fsdp.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import sys
+import time
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from paratrain.config import DDP, FSDP, Config, SyntheticData, Trainer, Zero1
+from paratrain.errors import UserError
+from paratrain.verify.core import examine
+from paratrain.verify.run import Job, exact
+from paratrain.verify.verdict import STEPS, of_report
+
+VOCAB, TIME, SAMPLES, MOST = 33, 8, 5, 3_000_000
+SIZES = {
+    "vocab_size": VOCAB,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "emb_dim", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 2
+    ),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("head_dim", "d_kv", "d_head", "kv_channels"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+}
+
+
+class Logits(nn.Module):
+    """The logits of a model of transformers, called with tokens."""
+
+    def __init__(self, kind: type, config: object):
+        super().__init__()
+        self.model = kind(config)  # type: ignore[call-arg]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+
+
+def token_loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
+
+
+def label_loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return F.cross_entropy(outputs, targets[:, 0].clamp(min=0) % outputs.shape[-1], reduction="sum"), len(targets)
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(STEPS):
+        tokens = torch.randint(3, VOCAB, (SAMPLES, TIME + 1), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets[0, 3:] = -100
+        found.append((tokens[:, :-1].clone(), targets))
+    return found
+
+
+def architectures() -> dict[str, tuple[str, str]]:
+    """class -> (type of model, what it is for)."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "labels": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    found: dict[str, tuple[str, str]] = {}
+    for use, table in tables.items():
+        for model_type, classes in table.items():
+            for name in [classes] if isinstance(classes, str) else classes:
+                found.setdefault(name, (model_type, use))
+    return found
+
+
+def prove(name: str, model_type: str, use: str, strategy: object) -> tuple[str, str]:
+    """(what came out, more of it)."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(model_type)
+        for inner in [config, *(getattr(config, part, None) for part in ("text_config", "decoder", "encoder"))]:
+            for key, value in SIZES.items():
+                if inner is not None and getattr(inner, key, None) is not None:
+                    setattr(inner, key, value)
+        kind = getattr(transformers, name)
+        with torch.device("meta"):
+            size = sum(param.numel() for param in kind(config).parameters())
+        if size > MOST:
+            return "not built", f"{size / 1e6:.0f}M parameters"
+        Logits(kind, config).eval()(batches()[0][0])
+    except Exception as error:
+        return "not built", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:80]
+    cfg = exact(Config(seed=1, strategy=strategy, data=SyntheticData(micro_batch_size=2, global_batch=SAMPLES), trainer=Trainer(clip_norm=1.0, device="cpu")))  # type: ignore[arg-type]  # fmt: skip
+    loss = label_loss if use == "labels" else token_loss
+    try:
+        job = Job(lambda: Logits(kind, config), loss, batches(), cfg, STEPS, 2, activations=False, cpu_seconds=120)
+        verdict = of_report(examine(job, 1800, with_life=False), 2, ())
+    except UserError as error:
+        return "not proven", str(error).strip().splitlines()[-1][:120]
+    report = verdict.report
+    return verdict.status, f"{report.largest:.0e}" if verdict.status == "proven" and report else verdict.line[:300]
+
+
+def main(layout: str = "ddp", *names: str) -> int:
+    """Print a line an architecture, and how many came out how."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    strategy = {"ddp": DDP(), "zero1": Zero1(), "fsdp": FSDP()}[layout]
+    seen: collections.Counter[str] = collections.Counter()
+    for name, (model_type, use) in architectures().items():
+        if names and name not in names:
+            continue
+        began = time.monotonic()
+        status, more = prove(name, model_type, use, strategy)
+        seen[status] += 1
+        print(f"{status:11} {name:45} {time.monotonic() - began:5.0f} s  {more}", flush=True)
+    print(", ".join(f"{count} {status}" for status, count in seen.most_common()), f"(strategy={layout}, torch {torch.__version__})")
+    return 1 if seen["different"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
