@@ -7,11 +7,9 @@ what depends on its micro-batch, which its line then says. Options: LAYOUT [NAME
 from __future__ import annotations
 
 import collections
-import logging
 import os
 import sys
-import time
-import warnings
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,12 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from paratrain import spawn
 from paratrain.config import DDP, FSDP, Config, SyntheticData, Trainer, Zero1
-from paratrain.errors import UserError
-from paratrain.verify.core import examine
+from paratrain.verify import run
+from paratrain.verify.compare import compare
+from paratrain.verify.doubt import doubts
+from paratrain.verify.report import MEASURED
 from paratrain.verify.run import Job, exact
-from paratrain.verify.verdict import STEPS, of_report
+from paratrain.verify.trace import Trace
+from paratrain.verify.verdict import STEPS
 
+CHUNK = 12  # architectures that a process proves, one after another
 VOCAB, TIME, SAMPLES, MOST = 33, 8, 5, 3_000_000
 SIZES = {
     "vocab_size": VOCAB,
@@ -95,8 +98,8 @@ def architectures() -> dict[str, tuple[str, str]]:
     return found
 
 
-def prove(name: str, model_type: str, use: str, strategy: object) -> tuple[str, str]:
-    """(what came out, more of it)."""
+def configured(name: str, model_type: str) -> tuple[type, object] | str:
+    """(class, small configuration), or why there is none."""
     import transformers
 
     try:
@@ -105,41 +108,89 @@ def prove(name: str, model_type: str, use: str, strategy: object) -> tuple[str, 
             for key, value in SIZES.items():
                 if inner is not None and getattr(inner, key, None) is not None:
                     setattr(inner, key, value)
+        config._experts_implementation = "eager"  # the fused kernels know no float64
         kind = getattr(transformers, name)
         with torch.device("meta"):
             size = sum(param.numel() for param in kind(config).parameters())
         if size > MOST:
-            return "not built", f"{size / 1e6:.0f}M parameters"
+            return f"{size / 1e6:.0f}M parameters"
         Logits(kind, config).eval()(batches()[0][0])
+        return kind, config
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:80]
-    cfg = exact(Config(seed=1, strategy=strategy, data=SyntheticData(micro_batch_size=2, global_batch=SAMPLES), trainer=Trainer(clip_norm=1.0, device="cpu")))  # type: ignore[arg-type]  # fmt: skip
-    loss = label_loss if use == "labels" else token_loss
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:80]
+
+
+def job(name: str, model_type: str, use: str, layout: str) -> Job | str:
+    found = configured(name, model_type)
+    if isinstance(found, str):
+        return found
+    strategy = {"ddp": DDP(), "zero1": Zero1(), "fsdp": FSDP()}[layout]
+    data, trainer = SyntheticData(micro_batch_size=2, global_batch=SAMPLES), Trainer(clip_norm=1.0, device="cpu")
+    cfg = exact(Config(seed=1, strategy=strategy, data=data, trainer=trainer))
+    return Job(lambda: Logits(*found), label_loss if use == "labels" else token_loss, batches(), cfg, STEPS, 2, activations=False)
+
+
+def alone(chunk: list[tuple[str, str, str]], layout: str) -> list[object]:
+    """In a process: rank 0 the plain loop, rank 1 the same with weights moved by their last bit; text where that fails."""
+    jitter = os.environ["RANK"] == "1"
+    return [_attempted(lambda made: run.reference(made, jitter), job(*one, layout)) for one in chunk]
+
+
+def together(chunk: list[tuple[str, str, str]], layout: str) -> list[object]:
+    """In a rank: the layout."""
+    return [_attempted(run.layout, job(*one, layout)) for one in chunk]
+
+
+def _attempted(call: Callable[[Job], object], made: Job | str) -> object:
+    if isinstance(made, str):
+        return f"not built  {made}"
     try:
-        job = Job(lambda: Logits(kind, config), loss, batches(), cfg, STEPS, 2, activations=False, cpu_seconds=120)
-        verdict = of_report(examine(job, 1800, with_life=False), 2, ())
-    except UserError as error:
-        return "not proven", str(error).strip().splitlines()[-1][:120]
-    report = verdict.report
-    return verdict.status, f"{report.largest:.0e}" if verdict.status == "proven" and report else verdict.line[:300]
+        return call(made)
+    except Exception as error:
+        return f"not proven  {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
+
+
+def judged(reference: object, noise: object, ranks: list[object]) -> str:
+    """What came out, in a line."""
+    for found in (reference, noise, *ranks):
+        if not isinstance(found, Trace):
+            return str(found)
+    traces = [rank for rank in ranks if isinstance(rank, Trace)]
+    assert isinstance(reference, Trace)
+    assert isinstance(noise, Trace)
+    result = compare(reference, noise, traces, torch.float64)
+    if doubt := doubts(result, reference, traces):
+        return f"not proven  {doubt}"
+    if result.differences:
+        first = result.differences[0]
+        return (
+            f"different  step {first.step}: {first.what}, {first.amount:.1e} where rounding explains {first.tolerance:.1e}; {first.detail}"
+        )
+    return f"proven      {max(line.worst for kind, line in result.lines.items() if kind in MEASURED):.0e}"
 
 
 def main(layout: str = "ddp", *names: str) -> int:
     """Print a line an architecture, and how many came out how."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    strategy = {"ddp": DDP(), "zero1": Zero1(), "fsdp": FSDP()}[layout]
     seen: collections.Counter[str] = collections.Counter()
-    for name, (model_type, use) in architectures().items():
-        if names and name not in names:
+    every = [(name, *rest) for name, rest in architectures().items() if not names or name in names]
+    for start in range(0, len(every), CHUNK):
+        chunk = every[start : start + CHUNK]
+        try:
+            singles = spawn.run(run.quietly, 2, alone, chunk, layout, timeout=3600, init=False)
+            ranks = spawn.run(run.quietly, 2, together, chunk, layout, timeout=3600)
+        except spawn.RankError as error:
+            print(f"not proven  {', '.join(name for name, _, _ in chunk)}: {error.summary}", flush=True)
+            seen["not proven"] += len(chunk)
             continue
-        began = time.monotonic()
-        status, more = prove(name, model_type, use, strategy)
-        seen[status] += 1
-        print(f"{status:11} {name:45} {time.monotonic() - began:5.0f} s  {more}", flush=True)
+        for index, (name, _, _) in enumerate(chunk):
+            said = judged(singles[0][index], singles[1][index], [rank[index] for rank in ranks])
+            seen[said.partition("  ")[0]] += 1
+            print(f"{name:45} {said}", flush=True)
     print(", ".join(f"{count} {status}" for status, count in seen.most_common()), f"(strategy={layout}, torch {torch.__version__})")
     return 1 if seen["different"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    import benchmarks.prove_transformers as module  # so that the ranks import it instead of being sent it
+
+    sys.exit(module.main(*sys.argv[1:]))

@@ -33,6 +33,7 @@ from paratrain.goodput import Goodput, since_process_start
 from paratrain.loss import Loss
 from paratrain.metrics import flops, sinks
 from paratrain.metrics.meter import Meter, device_peak
+from paratrain.redact import redact
 from paratrain.result import StepResult
 from paratrain.schema import to_dict
 from paratrain.verify import background, verdict
@@ -259,8 +260,8 @@ class Trainer:
         )
         for sink in self._outputs:
             sink.note("proof", found.line)
-        record = {"proof": found.record(), "config": sinks.redact(to_dict(self.cfg))}
-        notes.attempt("config.json", lambda: notes.replace(self.output_dir / "config.json", json.dumps(record, indent=2)))
+        record = {"proof": found.record(), "config": redact(to_dict(self.cfg))}
+        notes.attempt("config.json", lambda: notes.write_private(self.output_dir / "config.json", json.dumps(record, indent=2)))
 
     def _batches(self, meter: Meter, last: int | None) -> Iterator[LocalBatch]:
         mesh = self.engine.mesh.data
