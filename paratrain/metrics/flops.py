@@ -8,7 +8,6 @@ this gives exactly 6N + 12·L·d·T a token, where N excludes the embedding.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from paratrain.copies import copied
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +154,7 @@ def _bind(args: tuple, kwargs: Mapping[str, Any], names: tuple[str, ...]) -> dic
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of the structure of `model`, with meta tensors for its parameters and buffers."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in _tensors(list(vars(module).values())):
-            memo[id(tensor)] = _meta(tensor)
-    return copy.deepcopy(model, memo)
+    return copied(model, _meta)
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paratrain import rng
+from paratrain.copies import copied
 
 _MOST_REAL = 1 << 28  # elements of a model that is run with data where it cannot run without
 
@@ -48,12 +48,16 @@ def runnable(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 def _copy(model: nn.Module, device: str) -> nn.Module:
-    """The model with zeros on `device`; what was shared is."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    """The model with zeros on `device`, and what it holds beside parameters and buffers; what was shared is."""
+    registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+
+    def make(tensor: Tensor) -> Tensor:
+        if id(tensor) not in registered and device == "cpu" and not tensor.is_meta:
+            return tensor.detach().clone()
         zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-        memo[id(tensor)] = nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
-    return copy.deepcopy(model, memo)
+        return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+
+    return copied(model, make)
 
 
 def _guesses(model: nn.Module, device: str) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
+from paratrain.copies import held
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
 from paratrain.parallel.tp_split import plain
@@ -437,7 +438,7 @@ def _refuse_alias(path: str, module: nn.Module, key: str, param: nn.Parameter) -
 
 
 def _twin(model: nn.Module, device: torch.device) -> nn.Module:
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in held(model) if not tensor.is_leaf}  # a hook computes them anew
     for name, param in model.named_parameters():
         memo[id(param)] = ghost(param.detach(), device, name)
     for name, buffer in model.named_buffers():
