@@ -111,6 +111,12 @@ def is_view(tensor: torch.Tensor) -> bool:
         return tensor._is_view()
 
 
+def is_view_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writing into one changes the other, as autograd knows it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor is not other and tensor._is_view() and (tensor._base is other or (other._is_view() and tensor._base is other._base))
+
+
 def gather_before_backward(module: Any, outputs: Sequence[torch.Tensor]) -> None:
     """Do for `outputs` of a `fully_shard` module what it does for those that it finds: gather its weights before their backward."""
     if outputs:

@@ -182,7 +182,7 @@ class _Synchronised(_BatchNorm):
     ) -> torch.Tensor:
         """What `torch.nn.functional.batch_norm` does in training, over the samples of all ranks."""
         if isinstance(input, Split) and input.split_dim == 1:
-            with of_channels(input, weight, bias, running_mean, running_var) as (weight, bias, mean, var):
+            with of_channels(input, weight, bias, (running_mean, running_var)) as (weight, bias, mean, var):
                 return input.like(self.normalise(part_of(input), mean, var, weight, bias, momentum, eps))
         input, weight, bias = plain(input), plain(weight), plain(bias)
         if input.is_cuda and self.weight_here is None:

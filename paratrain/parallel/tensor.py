@@ -24,10 +24,13 @@ from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import tp_products, tp_shapes  # noqa: F401 - the rules register themselves
 from paratrain.parallel.tp_attention import shardable_attention
-from paratrain.parallel.tp_plan import Placement, Plan, make
+from paratrain.parallel.tp_plan import NOTHING, Placement, Plan, example, make
+from paratrain.parallel.tp_rules import refuse_writes_into_copies
 from paratrain.parallel.tp_split import Peers, Split, order
 
 log = logging.getLogger(__name__)
+_WATCHED = 4  # forwards
+_NAMED = 5  # weights in a warning
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,23 @@ class Placed:
 
 def planned(model: nn.Module, cfg: Config) -> Plan | None:
     """The plan for the whole of `model`, whose tensors are on meta, made before stages of a pipeline divide it; None without tensor
-    parallelism."""
+    parallelism.
+
+    Raises:
+        UserError: no plan can be found, or one that splits nothing, which only a plan of the user's own may do.
+    """
     if cfg.parallel.tp == 1:
         return None
     shardable_attention(model)
-    return make(model, cfg, Peers(None, 0, cfg.parallel.tp, cfg.parallel.sp))
+    plan = make(model, cfg, Peers(None, 0, cfg.parallel.tp, cfg.parallel.sp))
+    if not plan.placements and plan.source != "user":
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.reasons.items())[:3])
+        raise UserError(
+            f"parallel.tp={cfg.parallel.tp}: no weight of the model can be split, so every rank would hold and compute all of it"
+            f"{f' ({why})' if why else ''}; write parallel.tp=1, so that its ranks see different samples, a plan of your own "
+            f"({example(model)}), or accept it with {NOTHING}"
+        )
+    return plan
 
 
 def describe(plan: Plan) -> str:
@@ -136,6 +151,8 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts:
     if rank() == 0:
         log.info("%s", describe(plan))
     params = dict(model.named_parameters(remove_duplicate=False))
+    if rank() == 0:
+        _warn_of_whole(plan, params, peers.size)
     # by identity: tied weights are split alike
     split = {id(params[name]): placement for name, placement in plan.placements.items() if name in params}
     apart = tuple(f"{name}." for name in experts)
@@ -164,7 +181,32 @@ def place(model: nn.Module, mesh: Mesh, cfg: Config, plan: Plan | None, experts:
         if any(True for _ in module._parameters.values()):
             module.__dict__["_tensor_parallel"] = (peers, how, path)
             module.__class__ = _reading_parts(type(module))  # type: ignore[arg-type]
+    _watch_views(model, peers)
     return Placed(plan, orders)
+
+
+def _watch_views(model: nn.Module, peers: Peers) -> None:
+    """In the first forwards, refuse what is written into copies of tensors that are split."""
+    left = _WATCHED
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal left
+        refuse_writes_into_copies(peers)
+        left -= 1
+        if left == 0:
+            handle.remove()
+
+    handle = model.register_forward_hook(watch)
+
+
+def _warn_of_whole(plan: Plan, params: Mapping[str, Tensor], ranks: int) -> None:
+    """Say what the ranks hold, and why, where they save less than half of what they could."""
+    sizes = {id(param): param.numel() for param in params.values()}
+    split = {id(params[name]) for name in plan.placements if name in params}
+    share = sum(size / ranks if key in split else size for key, size in sizes.items()) / max(1, sum(sizes.values()))
+    if share > (1 + 1 / ranks) / 2:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(plan.reasons.items())[:_NAMED]) or "the plan names no others"
+        log.warning("parallel.tp=%d: every rank holds %.0f %% of the weights (whole: %s)", ranks, 100 * share, why)
 
 
 def _check(name: str, param: Tensor, placement: Placement, peers: Peers) -> None:
@@ -214,11 +256,23 @@ class _ReadingParts(nn.Module):
             peers, how, path = self.__dict__["_tensor_parallel"]
             if value.device_mesh.ndim == 1 and value.device_mesh.size() == peers.size:
                 with torch._C.DisableTorchFunction():  # reading a weight is no operation of the forward, which stages of a pipeline number
-                    local = value.to_local()
+                    local = _local(value, path, name)
                 placement = how.get(name)
                 name = f"{path}.{name}" if path else name
                 return local if placement is None else Split(local, placement.dim, placement.parts, peers, frozenset({name}))
         return value
+
+
+def _local(value: DTensor, path: str, name: str) -> Tensor:
+    try:
+        return value.to_local()
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise UserError(
+            f"parallel.tp: {path + '.' if path else ''}{name} is read inside of a function that torch.func transforms (vmap, grad), which cannot see that "
+            "ranks share it; read it in front of the transform and give it to the function, or write parallel.tp=1"
+        ) from error
 
 
 class _ReadingFlatWeights(_ReadingParts):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import nn
@@ -21,6 +22,9 @@ from paratrain.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 STYLES = ("colwise", "rowwise", "vocab", "replicate", "sequence")
+NOTHING = "'parallel.tp_plan={}'"
+"""An override under which nothing is split, as an error shows it."""
+
 _FROM_RIGHT = ("Conv1D",)  # Hugging Face's GPT-2 keeps its matrices as [in, out]
 
 
@@ -61,6 +65,23 @@ class Plan:
 def pattern(name: str) -> str:
     """Names that differ in their first number, as those of repeated blocks, are one."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name, count=1)
+
+
+def example(model: nn.Module) -> str:
+    """An override with a plan for two matrices of this model that follow each other, as an error shows it; it can be pasted into a shell."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    pairs = [
+        (first, second)
+        for (first, a), (second, b) in pairwise(linears)
+        if a.out_features == b.in_features and a.in_features < a.out_features
+    ]
+    pairs = pairs or [(first, second) for (first, a), (second, b) in pairwise(linears) if a.out_features == b.in_features]
+    if not pairs:
+        return NOTHING
+    first, second = pairs[len(pairs) // 2]
+    if pattern(first) != pattern(second):
+        first, second = pattern(first), pattern(second)
+    return f"'parallel.tp_plan={{{first}: colwise, {second}: rowwise}}'"
 
 
 def make(model: nn.Module, cfg: Config, peers: Peers) -> Plan:

@@ -139,28 +139,83 @@ def _einsum(func: Any, args: tuple, kwargs: dict) -> Any:
     return reduce(result, first.peers)
 
 
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_DIRECT = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+CONVOLUTIONS = (*_DIRECT, *_TRANSPOSED)
 
 
-@rule(*_CONVOLUTIONS)
+def grouped_parts(x: Split, groups: int, made: int) -> tuple[int, ...] | None:
+    """The parts of the `made` channels that a convolution in groups makes of x; None where a rank would not hold whole groups."""
+    each = x.shape[1] // groups
+    if any(part % (each * x.peers.size) for part in x.parts):
+        return None
+    return tuple(part // each * (made // groups) for part in x.parts)
+
+
+@rule(*_DIRECT)
 def _convolution(func: Any, args: tuple, kwargs: dict) -> Any:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     x, weight, bias, stride, padding, dilation, groups = (
         argument(args, kwargs, i, name, default)
         for i, (name, default) in enumerate(zip(names, (None, None, None, 1, 0, 1, 1), strict=True))
     )
-    spatial = int(func.__name__[4])
-    if groups != 1 or x.ndim != spatial + 2:
+    if x.ndim != int(func.__name__[4]) + 2:
         return None
-    if isinstance(weight, Split) and weight.split_dim == 0:
-        bias = (
-            None if bias is None else scatter(plain(bias), 0, weight.parts, weight.peers) if not isinstance(bias, Split) else part_of(bias)
-        )
-        return join(weight, func(entered(x, weight), part_of(weight), bias, stride, padding, dilation), [x, weight], 1)
-    if isinstance(weight, Split) and weight.split_dim == 1:
-        total = reduce(func(contracted(x, weight, 1), part_of(weight), None, stride, padding, dilation), weight.peers)
-        return total if bias is None else total + bias.view(-1, *[1] * spatial)
+    if groups != 1:
+        parts = grouped_parts(x, groups, weight.shape[0]) if isinstance(x, Split) and x.split_dim == 1 else None
+        if parts is None:
+            return None
+        here = groups * part_of(x).shape[1] // x.shape[1]
+        own = [None if t is None else _channels(t, parts, x) for t in (weight, bias)]
+        return join(x, func(part_of(x), *own, stride, padding, dilation, here), [x, weight], 1, parts)
+    return _channel_product(func, x, weight, bias, (0, 1), (stride, padding, dilation))
+
+
+@rule(*_TRANSPOSED)
+def _transposed(func: Any, args: tuple, kwargs: dict) -> Any:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    x, weight, bias, stride, padding, more, groups, dilation = (
+        argument(args, kwargs, i, name, default)
+        for i, (name, default) in enumerate(zip(names, (None, None, None, 1, 0, 0, 1, 1), strict=True))
+    )
+    if groups != 1 or x.ndim != int(func.__name__[14]) + 2:
+        return None
+    return _channel_product(func, x, weight, bias, (1, 0), (stride, padding, more, 1, dilation))
+
+
+def _channel_product(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, int], rest: tuple) -> Any:
+    """A convolution of which the kernel is split by the channels that it makes, or by those that it takes (its `dims`, in this order)."""
+    makes, takes = dims
+    if isinstance(weight, Split) and weight.split_dim == makes:
+        bias = None if bias is None else _channels(bias, weight.parts, weight)
+        return join(weight, func(_all_channels(x, weight), part_of(weight), bias, *rest), [x, weight], 1)
+    if isinstance(weight, Split) and weight.split_dim == takes:
+        total = reduce(func(contracted(x, weight, 1), part_of(weight), None, *rest), weight.peers)
+        return total if bias is None else total + plain(bias).view(-1, *[1] * (x.ndim - 2))
     return None
+
+
+def _all_channels(x: Tensor, weight: Split) -> Tensor:
+    if isinstance(x, Split):
+        x.peers.gathered("convolution", [x], "its channels are split, and so are those of the result")
+        return gather_and_enter(x)
+    return enter(x, weight.peers)
+
+
+def _channels(t: Tensor, parts: Any, like: Split) -> Tensor:
+    """This rank's part of a vector or kernel whose dim 0 counts channels."""
+    if isinstance(t, Split) and (t.split_dim, t.parts) == (0, parts):
+        return part_of(t)
+    return scatter(plain(t), 0, parts, like.peers)
+
+
+@rule("_weight_norm")
+def _weight_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    direction, size, dim = argument(args, kwargs, 0, "v"), argument(args, kwargs, 1, "g"), argument(args, kwargs, 2, "dim", 0)
+    if not isinstance(direction, Split):
+        return None
+    over = tuple(other for other in range(direction.ndim) if dim == -1 or other != dim)
+    return direction * (size / direction.square().sum(over, keepdim=True).sqrt())
 
 
 # ------------------------------------------------------------------ attention

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from paratrain.compat import plain_functions
+from paratrain.compat import is_view_of, plain_functions
 from paratrain.errors import UserError
-from paratrain.parallel.tp_split import Parts, Split, enter, gather, node_of, own_randomness, part_of, plain, reduce, scatter, take
+from paratrain.parallel.tp_split import Parts, Peers, Split, enter, gather, node_of, own_randomness, part_of, plain, reduce, scatter, take
 
 Rule = Callable[[Any, tuple, dict], Any]
 RULES: dict[str, Rule] = {}
+_MOST_VIEWS = 1000  # that are held until the forward is over
 _UNKNOWN = "it has no rule for split tensors"
 
 
@@ -39,10 +40,12 @@ def apply(func: Any, args: tuple, kwargs: dict) -> Any:
     name = func.__name__
     if name == "__get__":
         return _attribute(func, args[0])
-    if name in _ABOUT or name == "__set__":
+    if name in ABOUT or name == "__set__":
         with plain_functions():
             return func(*args, **kwargs)
-    found = RULES.get(name) or (pointwise if _is_pointwise(name) else None)
+    if kwargs.get("out") is not None:
+        return whole(func, args, kwargs)
+    found = RULES.get(name) or (pointwise if is_pointwise(name) else None)
     result = found(func, args, kwargs) if found else None
     return whole(func, args, kwargs) if result is None else result
 
@@ -57,7 +60,25 @@ def whole(func: Any, args: tuple, kwargs: dict, reason: str = _UNKNOWN) -> Any:
         keep = f"write replicate for the weights it comes from in parallel.tp_plan ({sources})" if sources else "write parallel.sp=false"
         raise UserError(f"parallel.tp: {name} writes into a tensor that is split over ranks; write its result into a new tensor, or {keep}")
     args, kwargs = tree_map_only(Split, gather, (args, kwargs))
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    peers = splits[0].peers
+    if peers.group is not None and len(peers.views) < _MOST_VIEWS:
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor) and any(is_view_of(part, leaf) for part in tree_leaves(result) if isinstance(part, Tensor)):
+                peers.views.append((leaf, leaf._version, name, splits[0].sources))
+    return result
+
+
+def refuse_writes_into_copies(peers: Peers) -> None:
+    """After a forward: what it wrote into a view of a gathered tensor is not in the tensor that ranks share."""
+    for tensor, version, name, sources in peers.views:
+        if tensor._version != version:
+            keep = f"write replicate for {', '.join(sorted(sources))} in parallel.tp_plan" if sources else "write parallel.sp=false"
+            raise UserError(
+                f"parallel.tp: forward writes into what {name} gives of a tensor that is split over ranks, which is a copy; write the result into "
+                f"a new tensor, or {keep}"
+            )
+    peers.views.clear()
 
 
 def _writes(name: str) -> bool:
@@ -70,7 +91,7 @@ def _writes(name: str) -> bool:
 
 # ------------------------------------------------------------------ about the whole, known without communication
 
-_ABOUT = set(
+ABOUT = set(
     [
         "size",
         "dim",
@@ -148,7 +169,7 @@ _OPERATORS |= {"divide": "div", "negative": "neg", "absolute": "abs", "not_equal
 
 
 @cache
-def _is_pointwise(name: str) -> bool:
+def is_pointwise(name: str) -> bool:
     if name in _LIKE_POINTWISE:
         return True
     if name in ("max", "min"):  # tagged because of their two-tensor forms
@@ -206,7 +227,7 @@ def aligned(tensor: Tensor, like: Split, dim: int) -> Tensor:
         tensor = gather(tensor)
     if tensor.ndim < -dim or tensor.shape[dim] == 1:
         return enter(tensor, like.peers)
-    if dim == -1 and not tensor.is_leaf:
+    if dim == -1 and not isinstance(tensor, torch.nn.Parameter) and (not tensor.is_leaf or tensor.numel() > tensor.shape[-1]):
         like.peers.gathered("scatter", [like], "its result meets a whole activation")
     return scatter(tensor, dim, like.parts, like.peers)
 
@@ -271,9 +292,17 @@ for _name, _position, _default in (
     *(("topk", 2, -1), ("diff", 2, -1)),
 ):
     RULES[_name] = _along(_position, _default)
-RULES["normalize"] = _along(2, 1)
 RULES["flip"] = _along(1, name="dims")
 RULES["roll"] = _along(2, name="dims")
+
+
+@rule("normalize")
+def _normalize(func: Any, args: tuple, kwargs: dict) -> Any:
+    split, p, dim = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "p", 2.0), argument(args, kwargs, 2, "dim", 1)
+    if not isinstance(split, Split) or not isinstance(dim, int) or p != 2 or dim % split.ndim != split.split_dim:
+        return _along(2, 1)(func, args, kwargs)
+    length = split.square().sum(dim, keepdim=True).sqrt()
+    return split / length.clamp_min(argument(args, kwargs, 3, "eps", 1e-12))
 
 
 @rule("glu")
@@ -302,10 +331,47 @@ def _group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     split, groups = args[0], argument(args, kwargs, 1, "num_groups")
     if not isinstance(split, Split) or split.split_dim != 1 or groups % split.peers.size or len(split.parts) > 1:
         return None
+    if split.shape[1] % split.peers.size:
+        return None
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
     weight, bias = (None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias))
     eps = argument(args, kwargs, 4, "eps", 1e-5)
     return split.like(func(part_of(split), groups // split.peers.size, weight, bias, eps))
+
+
+@rule("instance_norm")
+def _instance_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    names = ("input", "running_mean", "running_var", "weight", "bias")
+    split, mean, var, weight, bias = (argument(args, kwargs, i, name) for i, name in enumerate(names))
+    if not isinstance(split, Split) or split.split_dim != 1 or mean is not None or var is not None:
+        return None
+    weight, bias = (None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias))
+    rest = {name: value for name, value in kwargs.items() if name not in names}
+    return split.like(func(part_of(split), None, None, weight, bias, *args[5:], **rest))
+
+
+def _of_each_channel(spatial: int) -> Rule:
+    """A function over the last `spatial` dims of a tensor."""
+
+    def apply_rule(func: Any, args: tuple, kwargs: dict) -> Any:
+        split = args[0] if args else kwargs.get("input")
+        if not isinstance(split, Split) or split.split_dim >= split.ndim - spatial:
+            return None
+        args, kwargs = tree_map_only(Split, part_of, (args, kwargs))
+        return tree_map_only(Tensor, split.like, func(*args, **kwargs))
+
+    return apply_rule
+
+
+for _dims in (1, 2, 3):
+    for _name in ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "lp_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d"):
+        RULES[_name.format(_dims)] = _of_each_channel(_dims)
+
+
+@rule("interpolate", "upsample")
+def _interpolate(func: Any, args: tuple, kwargs: dict) -> Any:
+    split = args[0] if args else kwargs.get("input")
+    return _of_each_channel(split.ndim - 2)(func, args, kwargs) if isinstance(split, Split) else None
 
 
 @rule("batch_norm")
@@ -319,22 +385,19 @@ def _batch_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     )
     if not isinstance(split, Split) or split.split_dim != 1:
         return None
-    with of_channels(split, weight, bias, mean, var) as (weight, bias, mean, var):
+    with of_channels(split, weight, bias, (mean, var) if training else ()) as (weight, bias, *parts):
+        mean, var = parts or (None if t is None else take(t, 0, split.parts, split.peers) for t in (mean, var))
         return split.like(func(part_of(split), mean, var, weight, bias, training, momentum, eps))
 
 
 @contextmanager
-def of_channels(split: Split, weight: Any, bias: Any, *averages: Any) -> Iterator[tuple[Any, ...]]:
-    """This rank's part of what there is one of for each channel (dim 1) of `split`.
-
-    What is written to the parts of running averages meanwhile comes into the whole of each.
-    """
+def of_channels(split: Split, weight: Any, bias: Any, averages: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """This rank's part of what there is one of for each channel (dim 1) of `split`; what is written to those of averages comes into the whole."""
     affine = [None if t is None else scatter(plain(t), 0, split.parts, split.peers) for t in (weight, bias)]
     parts = [None if t is None else take(t, 0, split.parts, split.peers).clone() for t in averages]
-    before = [None if t is None else t._version for t in parts]
     yield (*affine, *parts)
-    for average, part, version in zip(averages, parts, before, strict=True):
-        if part is not None and part._version != version:
+    for average, part in zip(averages, parts, strict=True):
+        if part is not None:
             average.copy_(gather(Split(part, 0, split.parts, split.peers)))
 
 

@@ -42,6 +42,8 @@ class Peers:
     size: int
     sequence: bool = False
     gathered: Callable[[str, list[Split], str], None] = field(default=lambda name, splits, reason: None)
+    views: list[tuple[Tensor, int, str, frozenset[str]]] = field(default_factory=list)
+    """Gathered tensors of which the forward got views, with their versions, the function and the weights; see `tensor.place`."""
 
     def divides(self, parts: Parts) -> bool:
         return all(part % self.size == 0 for part in parts)
