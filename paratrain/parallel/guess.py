@@ -38,7 +38,7 @@ def runnable(model: nn.Module) -> tuple[nn.Module, Any]:
         for number, inputs in enumerate(_guesses(model, device)):
             twin = _copy(model, device)
             try:
-                with rng.preserved(torch.device("cpu")), torch.no_grad():
+                with rng.preserved(torch.device("cpu")), torch.enable_grad():  # forward may differentiate
                     call(twin, inputs)
                 return twin, inputs
             except Exception as error:  # whatever a model says to inputs that are not for it

@@ -3,7 +3,8 @@
 Two kinds of value exist in a forward under tensor parallelism: a plain tensor is the same on every rank, and so is its gradient; a
 `Split` shows the shape of the whole tensor and holds this rank's part of it, whose gradient is that part of the gradient. Every
 function here keeps both true, so what is computed does not depend on which tensors are split (Shoeybi et al., 2019; Korthikanti et
-al., 2022, for the sequence; Xu et al., 2021, for propagation).
+al., 2022, for the sequence; Xu et al., 2021, for propagation). The collectives of a backward are those of a forward, so that derivatives
+of derivatives are right, too.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def reduce(term: Tensor, peers: Peers) -> Tensor:
 def reduce_activation(term: Tensor, peers: Peers) -> Tensor:
     """The sum over ranks of [samples, sequence, features]: plain, or split along the sequence under sequence parallelism."""
     if peers.sequence and term.ndim == 3 and term.shape[1] % peers.size == 0:
-        return Split(_ReduceScatter.apply(term, 1, peers), 1, (term.shape[1],), peers)
+        return Split(_ReduceScatter.apply(term, 1, (term.shape[1],), peers), 1, (term.shape[1],), peers)
     return reduce(term, peers)
 
 
@@ -266,12 +267,9 @@ class _Show(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         dim, parts, peers = ctx.how
-        if isinstance(grad, Split):
-            same = (grad.split_dim, grad.parts) == (dim, parts)
-            grad = grad.local if same else take(gather(grad), dim, parts, peers)
-        else:
-            grad = take(grad, dim, parts, peers)
-        return grad, None, None, None, None
+        if isinstance(grad, Split) and (grad.split_dim, grad.parts) == (dim, parts):
+            return part_of(grad), None, None, None, None
+        return _Scatter.apply(plain(grad), dim, parts, peers), None, None, None, None
 
 
 class _Part(torch.autograd.Function):
@@ -293,17 +291,18 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return all_reduce(grad, ctx.peers), None
+        return _Reduce.apply(grad, ctx.peers), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, term: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
         return all_reduce(term, peers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return grad, None
+        return enter(grad, ctx.peers), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -314,7 +313,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _all_gather(grad, *ctx.how), None, None, None
+        return _Gather.apply(grad, *ctx.how), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -325,21 +324,21 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return take(grad, *ctx.how), None, None, None
+        return _Scatter.apply(grad, *ctx.how), None, None, None
 
 
 class _GatherAndEnter(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _reduce_scatter(grad, *ctx.how), None, None, None
+        return _ReduceScatter.apply(grad, *ctx.how), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, term: Tensor, dim: int, peers: Peers) -> Tensor:
-        ctx.how = dim, (term.shape[dim],), peers
+    def forward(ctx: Any, term: Tensor, dim: int, parts: Parts, peers: Peers) -> Tensor:
+        ctx.how = dim, parts, peers
         return _reduce_scatter(term, *ctx.how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _all_gather(grad, *ctx.how), None, None
+        return _GatherAndEnter.apply(grad, *ctx.how), None, None, None
