@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.parallel.activations import Budget, measure
+from paratrain.parallel.arguments import can_change, copied
 
 log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
@@ -87,19 +88,33 @@ class _Recomputed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        run = partial(super().forward, **kwargs)
+        run: Callable[..., Any] = partial(super().forward, **kwargs)
         if self._budget is not None:
             if not self._budget.knows(self._block_name, (args, kwargs)):
                 with scratch_buffers(self, nullcontext()):
                     self._budget.note(self._block_name, (args, kwargs), measure(self, run, args))
             elif not self._budget.recomputes(self._block_name):
                 return run(*args)
+        if any(map(can_change, (*args, *kwargs.values()))):
+            run, args = _with_own_containers(super().forward, args, kwargs), ()
         if not (self._selective or self._updates_buffers):
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
         contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)
         if self._updates_buffers:
             contexts = partial(_with_scratch_buffers, self, contexts)
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+
+
+def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[[], Any]:
+    """A forward that writes into the lists and dicts it was given once; when it runs again, it finds them as they were, and writes into copies."""
+    before: Any = copied((list(args), kwargs))
+    given = [(args, kwargs)]
+
+    def run() -> Any:
+        args, kwargs = given.pop() if given else copied(before)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def _with_scratch_buffers(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
