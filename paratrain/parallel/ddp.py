@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from paratrain.batch import tensors
+from paratrain.batch import map_tensors, tensors
 from paratrain.compat import spend_warning_of_unused, sync_buffers_in_forward
 from paratrain.config import DDP, Config
 from paratrain.errors import UserError
@@ -31,6 +31,7 @@ def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParal
             "strategy=zero1, or trainer.update_in_backward=false"
         )
     group = mesh.weights.get_group()
+    model.register_forward_hook(_no_parameters)
     wrapped = DistributedDataParallel(
         model,
         process_group=group,
@@ -61,6 +62,19 @@ def replicate(model: nn.Module, mesh: Mesh, cfg: Config) -> DistributedDataParal
         )
         wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     return wrapped
+
+
+def _no_parameters(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    """Outputs that are parameters as views of them: a parameter has no history, so DistributedDataParallel would take it to be unused."""
+
+    def view(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad else tensor
+
+    if isinstance(output, torch.Tensor):
+        return view(output)
+    if torch.is_grad_enabled() and any(leaf.is_leaf and leaf.requires_grad for leaf in tensors(output)):
+        return map_tensors(view, output)
+    return None
 
 
 def run(wrapped: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
