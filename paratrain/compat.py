@@ -230,6 +230,143 @@ def _fill_and_reduce(group: Any, post_backward: Callable, used: set[torch.Tensor
     post_backward(*args)
 
 
+class WeightGroup:
+    """What a `fully_shard` module gathers and reduces at once, with control over when.
+
+    Attributes:
+        held: it stays gathered from its first gather on until `finish`, which also is what reduces its gradients.
+        name: of its module.
+    """
+
+    def __init__(self, module: Any, group: Any, name: str):
+        self._group, self._finish = group, group.post_backward
+        self._register = group._register_post_backward_hook
+        self.module, self.name = module, name
+        self.held = False
+        self._again = group.post_forward_mesh_info
+
+    def intercept(self, post_backward: Callable[[], bool], arguments: Callable[[Callable, Any, Any], Any]) -> None:
+        """Ask `post_backward` whether hooks may finish the group now, and `arguments` to mark the inputs of its module."""
+
+        def finish(*args: Any) -> None:
+            if post_backward() and not self.held:
+                self._finish(*args)
+
+        def register(args: Any, kwargs: Any) -> Any:
+            return arguments(self._register, args, kwargs)
+
+        self._group.post_backward = finish
+        self._group._register_post_backward_hook = register
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """Its parameters as they are while sharded."""
+        return [param.sharded_param for param in self._group.fsdp_params]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its gathered weights are plain tensors; those that tensor parallelism splits stay DTensors."""
+        return not any(param.is_dtensor for param in self._group.fsdp_params)
+
+    @property
+    def gathered(self) -> bool:
+        return self._group.is_unsharded
+
+    def gather(self) -> None:
+        """Gather its weights now; every rank must."""
+        self._group.unshard()
+        self._group.wait_for_unshard()
+
+    def hold(self, held: bool = True) -> None:
+        self.held = held
+        self._group.post_forward_mesh_info = None if held else self._again
+
+    def whole(self, sharded: torch.Tensor) -> torch.Tensor:
+        """The gathered parameter of a sharded one."""
+        return next(param._unsharded_param for param in self._group.fsdp_params if param.sharded_param is sharded)
+
+    def storages(self) -> set[int]:
+        """Identities of the memory of the gathered weights, which stay the same while it is freed and allocated again."""
+        outputs = (tensor for param in self._group.fsdp_params for tensor in (*param.all_gather_outputs, *param._unsharded_inner_tensors))
+        return {storage_id(tensor) for tensor in outputs}
+
+    def exchanged(self) -> list[tuple[Any, str, Any]]:
+        """(module, name, tensor) where something else has taken the place of a weight, as `functional_call` does."""
+        found = []
+        for param in self._group.fsdp_params:
+            info = param._module_info
+            own = (param.sharded_param, getattr(param, "_unsharded_param", None), getattr(param, "_sharded_post_forward_param", None))
+            for module, name in ((info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)):
+                now = module._parameters.get(name)
+                if now is not None and not any(now is known for known in own):
+                    found.append((module, name, now))
+        return found
+
+    def unfinished(self) -> bool:
+        """Whether backward has left something to reduce or to free that hooks would have by now."""
+        group = self._group
+        if self.held or (group.is_unsharded and group.reshard_after_backward):
+            return True
+        return group.reduce_grads and any(
+            param.unsharded_accumulated_grad is not None or (hasattr(param, "_unsharded_param") and param._unsharded_param.grad is not None)
+            for param in group.fsdp_params
+        )
+
+    def finish(self) -> None:
+        """Reduce what there is and free the gathered weights, as hooks do in the course of backward."""
+        self._finish()
+        self._group._training_state = type(self._group._training_state).IDLE
+
+
+def weight_groups(model: Any) -> list[WeightGroup]:
+    """Those of the root `model` and of the modules inside it, the innermost and last first."""
+    named = [(name, module) for name, module in model.named_modules() if hasattr(module, "_get_fsdp_state")]
+    return [WeightGroup(module, group, name or "the root") for name, module in reversed(named) for group in _param_groups(module)]
+
+
+def guard_backward(module: Any, allowed: Callable[[], bool]) -> None:
+    """Ask `allowed` before backward's arrival at the outputs of a `fully_shard` module gathers and sets up what finishes backward."""
+    state = module._get_fsdp_state()
+    arrived = state._pre_backward
+
+    def pre_backward(grad: torch.Tensor) -> torch.Tensor:
+        return arrived(grad) if allowed() else grad
+
+    state._pre_backward = pre_backward
+
+
+def make_root(module: Any) -> None:
+    """Tell a `fully_shard` module that it is the root; torch takes the first that is called to be one."""
+    module._get_fsdp_state()._lazy_init()
+
+
+def wait_for_reductions(module: Any) -> None:
+    """End the backward of the root `module`, when its groups have been finished by hand."""
+    module._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """What tensors have in common that share memory, whether or not any is allocated."""
+    return tensor.untyped_storage()._cdata
+
+
+def saved_by(node: Any) -> list[torch.Tensor]:
+    """The tensors that a node of the autograd graph has saved for its backward as they are; not those that hooks have packed."""
+    found: list[torch.Tensor] = []
+    for name in _saved_names(cast(Any, type(node))):
+        saved = getattr(node, name, None)
+        for each in saved if isinstance(saved, tuple | list) else (saved,):
+            data = getattr(each, "data", None)  # what it holds, without asking hooks to unpack it
+            if isinstance(data, torch.Tensor):
+                found.append(data)
+    return found
+
+
+@functools.cache
+def _saved_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
 def recent_collectives() -> list[dict[str, Any]]:
     """What torch's flight recorder holds of this process, oldest first: empty unless TORCH_FR_BUFFER_SIZE was set before the group was made."""
     import json
@@ -314,6 +451,12 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tens
         return kernel(rows, matrices, offs=ends.to(torch.int32))
     bounds = [0, *ends.tolist()]
     return torch.cat([rows[start:end] @ matrix for start, end, matrix in zip(bounds, bounds[1:], matrices, strict=False)])
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether its user compiled a module, by `torch.compile(module)` or `module.compile()`."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import; without it nothing can be compiled
+    return (dynamo is not None and isinstance(module, dynamo.OptimizedModule)) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def in_backward() -> bool:

@@ -275,6 +275,7 @@ class Engine:
         self.scaler.update(skipped, relieved)
         for param in self._params:
             param.grad = None
+        self._layout.end_step()
         self._counted = self._counted + totals[1]
         self._votes = ()
         self._losses.begin()

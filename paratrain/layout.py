@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from paratrain import backends
+from paratrain.compat import is_compiled
 from paratrain.config import DDP, Config, Foreign, Sharded, Zero1
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -25,6 +26,7 @@ from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
 from paratrain.parallel.tensor import Placed
+from paratrain.parallel.tp_uses import Reading
 from paratrain.precision import accumulate, fp8
 
 
@@ -44,6 +46,7 @@ class Layout:
         order: in which blocks are called, where ranks must agree about it.
         pipeline: runs whole steps over the stages, where there are several.
         backward: runs the backward of a scaled loss.
+        end_step: called when the weights of a step are updated.
         placed: what tensor parallelism split.
         context: splits sequences, where several ranks share each.
         experts: whose experts the ranks of ep hold.
@@ -60,6 +63,7 @@ class Layout:
     order: CallOrder | None = None
     pipeline: Pipeline | None = None
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    end_step: Callable[[], None] = lambda: None
     placed: Placed = field(default_factory=Placed)
     context: Context | None = None
     experts: experts.Experts = field(default_factory=experts.Experts)
@@ -122,6 +126,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
                 placed=placed,
                 context=sequences,
             )
+        sharded = sharded.watch()
         return Layout(
             model,
             sharded,
@@ -132,6 +137,8 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             sharded.used,
             sharded.order,
             rehearsal=sharded.rehearsal,
+            backward=sharded.backward,
+            end_step=sharded.end_step,
             placed=placed,
             context=sequences,
             experts=dealt,
@@ -143,7 +150,10 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         run = Pipeline(stages, mesh, cfg, device, sharded=False)
         return Layout(model, run.forward, reduce=run.reduce, pipeline=run, placed=placed, context=sequences)
     if ranks == 1:
-        return Layout(model, model, placed=placed)
+        if placed.plan is None:
+            return Layout(model, model)
+        reading = Reading(model)
+        return Layout(model, model, settle=reading.settle, backward=reading.backward, placed=placed)
     wrapped = ddp.replicate(model, mesh, cfg)
     return Layout(
         model,
@@ -189,6 +199,12 @@ def _refuse_to_split_compiled(model: nn.Module, mesh: Mesh, cfg: Config) -> None
     axes = [axis for axis in ("pp", "ep", "cp", "tp") if getattr(cfg.parallel, axis) > 1]
     asked = f"parallel.{axes[0]}={getattr(cfg.parallel, axes[0])}" if axes else f"strategy={cfg.strategy.name}"
     compiled = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    by_user = [name or "it" for name, module in model.named_modules() if is_compiled(module)]
+    if by_user and axes:
+        raise UserError(
+            f"{asked}: model: {by_user[0]} is compiled by torch.compile, which cannot trace how this layout divides what is inside; build it without "
+            "torch.compile (compile=true compiles blocks under the layouts that allow it), or write strategy=fsdp"
+        )
     if compiled and (axes or is_sharded(mesh, cfg)):
         raise UserError(
             f"{asked}: {compiled[0]} is compiled by TorchScript, and nothing can split what is inside; build it without torch.jit.script "

@@ -30,7 +30,7 @@ from paratrain.compat import has_gradient_hooks, local_box
 from paratrain.config import Config
 from paratrain.distributed import rank, seed_for, world_size
 from paratrain.errors import UserError
-from paratrain.parallel import same_model
+from paratrain.parallel import same_model, shared_memory
 from paratrain.precision import convert_module, fp8
 from paratrain.suggest import did_you_mean
 
@@ -248,6 +248,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 def _refuse_what_new_parameters_lose(model: nn.Module) -> None:
     """Refuse hooks on parameters, and parameters held a second time: those that get the values are others, and know nothing of them."""
+    shared_memory.refuse([*model.named_parameters(), *model.named_buffers()])
     names = {param: name for name, param in model.named_parameters()}
     for param, name in names.items():
         if has_gradient_hooks(param):

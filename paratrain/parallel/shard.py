@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
 from paratrain.batch import map_tensors, tensors
-from paratrain.compat import gather_before_backward, is_view, track_gradients, without_communication
+from paratrain.compat import gather_before_backward, is_view, make_root, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel.call_order import CallOrder
+from paratrain.parallel.shard_uses import Uses
 from paratrain.precision import POLICIES, accumulate
 
 
@@ -39,6 +40,7 @@ class ShardedModel:
         strategy: its name.
         order: in which this rank calls the blocks; None without blocks.
         used: parameters that got a gradient from this rank since the last `reduce`.
+        uses: what watches how weights are used; None until `watch`.
     """
 
     model: nn.Module
@@ -47,12 +49,36 @@ class ShardedModel:
     strategy: str
     order: CallOrder | None = None
     used: set[torch.Tensor] = field(default_factory=set)
+    uses: Uses | None = None
+
+    def watch(self) -> ShardedModel:
+        """This model, watched for uses of weights that `fully_shard` does not see; its weights must have their values."""
+        make_root(self.model)
+        return replace(self, uses=Uses(self.model, self.strategy, self.options.reshard_after_forward is not False))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        if self.uses is not None:
+            self.uses.begin()
+        with self._naming():
             return self.model(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward, and whatever of the reduction FSDP's hooks have left."""
+        assert self.uses is not None
+        with self._naming(), self.uses.differentiating(loss):
+            loss.backward()
+
+    def end_step(self) -> None:
+        if self.uses is not None:
+            self.uses.end_step()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """A context that says which rule a program breaks that meets parts of weights, or freed ones, where whole ones should be."""
+        try:
+            yield
         except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error):
+            if not any(sign in str(error) for sign in ("mixed torch.Tensor and DTensor", "out of bounds for storage of size 0")):
                 raise
             raise UserError(
                 f"strategy={self.strategy}: weights were used outside the forward of the block that holds them, where they are sharded "
@@ -81,12 +107,15 @@ class ShardedModel:
         """A context in which a forward and its backward need no other rank."""
         if self.order:
             self.order.paused = True
+        held = self.uses.holds() if self.uses is not None else []
         try:
             with without_communication(self.model):
                 yield
         finally:
             if self.order:
                 self.order.paused = False
+            if self.uses is not None:  # other ranks may have ended elsewhere
+                self.uses.restore(held)
 
     def settle(self) -> None:
         """Free gathered weights that a forward without a backward has left, so that the model is its shards again."""
