@@ -244,6 +244,7 @@ class WeightGroup:
         self.module, self.name = module, name
         self.held = False
         self._again = group.post_forward_mesh_info
+        self._versions: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def intercept(self, post_backward: Callable[[], bool], arguments: Callable[[Callable, Any, Any], Any]) -> None:
         """Ask `post_backward` whether hooks may finish the group now, and `arguments` to mark the inputs of its module."""
@@ -301,6 +302,16 @@ class WeightGroup:
                 if now is not None and not any(now is known for known in own):
                     found.append((module, name, now))
         return found
+
+    def note_versions(self) -> None:
+        """Remember how the gathered weights are, for `written`."""
+        for param in self._group.fsdp_params:
+            if hasattr(param, "_unsharded_param") and not hasattr(param._sharded_local_tensor, "fsdp_post_all_gather"):
+                self._versions.append((param.sharded_param, param._unsharded_param, param._unsharded_param._version))
+
+    def written(self) -> torch.Tensor | None:
+        """A parameter of which the gathered copy was changed in place, which changes no shard; gathering does not count."""
+        return next((sharded for sharded, whole, version in self._versions if whole._version != version), None)
 
     def unfinished(self) -> bool:
         """Whether backward has left something to reduce or to free that hooks would have by now."""

@@ -424,6 +424,24 @@ def test_shared_memory_is_refused_where_parts_cannot_share_it():
     assert_exact(functools.partial(SharedMemory, apart=True), rows((8,)), square, "fsdp")
 
 
+class Slow(Net):
+    """A moving average of a layer, brought on in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = nn.Linear(6, 8).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.inner.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        return super().forward(x) + self.slow(x).mean(-1, keepdim=True)
+
+
+def test_writes_to_weights_in_forward_are_refused_where_they_would_be_lost():
+    assert_refused(Slow, rows((8, 8)), square, "fsdp", "z1", says="changes slow.weight in place")
+
+
 def test_compiled_models_are_refused_where_they_would_be_divided():
     assert_refused(lambda: torch.compile(Net(), backend="eager"), rows((8,)), square, "tp", says="compiled by torch.compile")
     assert_exact(lambda: torch.compile(Net(), backend="eager"), rows((8,)), square, "fsdp")

@@ -43,7 +43,7 @@ class Uses:
             frees: whether the strategy frees gathered weights between forward and backward.
         """
         self.model, self.strategy, self._frees = model, strategy, frees
-        self.training = self.backward = False
+        self.training = self.backward = self._watching = False
         self._groups = compat.weight_groups(model)
         self._of = {id(param): group for group in self._groups for param in group.params if group.plain}
         self._names = {id(param): name for name, param in model.named_parameters()}
@@ -61,6 +61,7 @@ class Uses:
             compat.guard_backward(module, self._in_backward)
             module.register_forward_pre_hook(partial(self._before, groups), prepend=True, with_kwargs=True)
             module.register_forward_hook(partial(self._after, groups), prepend=True, with_kwargs=True)
+            _note_versions_once(module, groups)
         model.register_forward_pre_hook(self._gather_held)
         self.watch(True)
 
@@ -73,6 +74,9 @@ class Uses:
 
     def watch(self, on: bool) -> None:
         """Whether operations on sharded weights are answered here; the optimizer's need not be."""
+        if on == self._watching:
+            return
+        self._watching = on
         kind = self._class if on else DTensor
         for param in self._sharded:
             param.__class__ = kind
@@ -92,6 +96,7 @@ class Uses:
         finally:
             self.backward = self.training = False
             self.watch(False)
+        self._refuse_writes()
         self._announce()
 
     def end_step(self) -> None:
@@ -167,6 +172,15 @@ class Uses:
             group.gather()
             self._late = True
 
+    def _refuse_writes(self) -> None:
+        for group in self._groups:
+            if (param := group.written()) is not None:
+                raise UserError(
+                    f"strategy={self.strategy}: forward changes {self._names.get(id(param), 'a weight')} in place, where each rank keeps a part of it "
+                    "and the change is lost; change weights between steps, keep what is no weight in a buffer (register_buffer), or write "
+                    "strategy=ddp"
+                )
+
     def _announce(self) -> None:
         held = [group.name for group in self._groups if group.held]
         if self._frees and len(held) > self._announced and dist.get_rank() == 0:
@@ -201,6 +215,15 @@ class Uses:
             return as_is(found.values(), func, args, kwargs)
         args, kwargs = tree_map(lambda leaf: whole.get(id(leaf), leaf), (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _note_versions_once(module: nn.Module, groups: Sequence[compat.WeightGroup]) -> None:
+    def note(*_: Any) -> None:
+        handle.remove()
+        for group in groups:
+            group.note_versions()
+
+    handle = module.register_forward_pre_hook(note)
 
 
 def _trains(param: DTensor) -> bool:
