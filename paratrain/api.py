@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from paratrain import backends, distributed, layout, mesh, optim
+from paratrain import agreement, backends, distributed, layout, mesh, optim
 from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
 from paratrain.loss import Loss, checked
@@ -41,6 +41,13 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     kept = recipe(model_fn, loss_fn)
     device = distributed.choose_device(cfg.trainer.device)
     distributed.init(device, timedelta(minutes=cfg.trainer.timeout_minutes))
+    with agreement.during("setup()", 60 * cfg.trainer.timeout_minutes):
+        engine = _set_up(model_fn, loss_fn, cfg, device)
+    engine.recipe = kept
+    return engine
+
+
+def _set_up(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Config, device: torch.device) -> Engine:
     backends.check(cfg, device)
     loss_fn = checked(loss_fn, device, POLICIES[cfg.precision.name].param_dtype)
     if cfg.trainer.deterministic:
@@ -66,12 +73,9 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
     if cfg.memory.offload == "optimizer":
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
-        engine = backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
-    else:
-        laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
-        engine = Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
-    engine.recipe = kept
-    return engine
+        return backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
+    laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
+    return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 
 def _blueprint(model: nn.Module) -> nn.Module | None:

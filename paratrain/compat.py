@@ -470,6 +470,32 @@ def is_compiled(module: Any) -> bool:
     return (dynamo is not None and isinstance(module, dynamo.OptimizedModule)) or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def store_port() -> int | None:
+    """The port of the store behind the default process group; None for a store without one."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        store: Any = _get_default_store()
+    except ValueError:  # no process group
+        return None
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return getattr(store, "port", None)
+
+
+def abort_nccl() -> None:
+    """Let every wait on a collective of NCCL in this process end, in whichever thread and on the device."""
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map):
+        try:
+            backend = group._get_backend(torch.device("cuda"))
+        except (RuntimeError, ValueError):  # it has none for that device
+            continue
+        if "nccl" in type(backend).__name__.lower():
+            backend.abort()
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass."""
     return torch._C._current_graph_task_id() != -1

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from paratrain import agreement, gradients, rng
 from paratrain import batch as batches
-from paratrain import gradients, rng
+from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
@@ -74,6 +75,7 @@ class Engine:
     ):
         self.cfg, self.mesh, self.device, self.blueprint = cfg, mesh, device, blueprint
         self.model: nn.Module = layout.model
+        self.agreement = agreement.know(layout.model)
         self.optimizers = optimizers
         self.global_step = 0
         self.updates = 0
@@ -121,6 +123,7 @@ class Engine:
         """
         return batches.local(batch, self._data_rank, self._data_ranks)
 
+    @agreed("engine.train_step()", rare=False)
     def train_step(self, batch: LocalBatch | tuple[Any, Any], votes: Sequence[float] = ()) -> StepResult:
         """Train on this rank's part of a global batch.
 
@@ -153,6 +156,7 @@ class Engine:
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
         return self.step()
 
+    @agreed("engine.eval_step()")
     @torch.no_grad()
     def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
         """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
@@ -193,6 +197,7 @@ class Engine:
 
     # ------------------------------------------------------------------ steps in the user's hands
 
+    @agreed("engine()", wait=False, together=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
         batch_norm.weigh(self._norms)
@@ -205,6 +210,7 @@ class Engine:
                 leaf.register_hook(self._guard)
         return outputs
 
+    @agreed("engine.backward()", wait=False, together=False)
     def backward(self, loss: torch.Tensor | tuple[torch.Tensor, Any], count: float = 1) -> None:
         """Backward of one micro-batch: a (sum, count), or a mean over `count`. `step` divides by the count over all of them."""
         if self._in_backward is not None:
@@ -220,6 +226,7 @@ class Engine:
         with self._layout.no_sync():
             yield
 
+    @agreed("engine.clip_grad_norm_()", rare=False)
     def clip_grad_norm_(self, max_norm: float | None) -> Scalar:
         """Bring the gradients of this step to their true scale and clip their global norm to `max_norm` (None: do not).
 
@@ -249,6 +256,7 @@ class Engine:
             self.noise_scale.update(parts, self._layout.average * self.scaler.scale / self._unit, norm, totals[1])
         return norm
 
+    @agreed("engine.step()", rare=False)
     def step(self) -> StepResult:
         """Update the weights with the gradients of every `backward` since the last step, or skip if float16 overflowed."""
         if self._window is None:
@@ -298,6 +306,7 @@ class Engine:
 
     # ------------------------------------------------------------------ state
 
+    @agreed("engine.full_state_dict()", together=lambda engine: agreement.needs_all(engine.model))
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
         self._layout.settle()
@@ -394,6 +403,7 @@ class Engine:
         self.total_updates = self.cfg.scheduler.total_steps or total
         self._set_lr()
 
+    @agreed("engine.save()")
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Save all that resumes training into the directory `path`, whole or not at all; every rank must call it. See `state.py`.
 
@@ -405,6 +415,7 @@ class Engine:
         self.check_last_step()
         state.save(self, Path(path), extra or {})
 
+    @agreed("engine.load()")
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore what `save` saved, under this or any other layout; every rank must call it. Returns the `extra` it was given."""
         from paratrain import state
@@ -417,10 +428,12 @@ class Engine:
     def is_main_process(self) -> bool:
         return dist.get_rank() == 0
 
+    @agreed("engine.barrier()")
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
 
+    @agreed("engine.gather()", together=False)
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all data ranks, concatenated along dim 0, on every rank; dims 0 may differ."""
         group = self._data_group

@@ -24,3 +24,10 @@ class ConfigError(UserError):
 
     def __reduce__(self):
         return type(self), (self.problems,)
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, ended or stands still; the message names it and what is known of its error.
+
+    Such an error has nothing to say of the rank that raises it; where a rank refused, its peers raise a `UserError` instead.
+    """

@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,11 +25,14 @@ from paratrain.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from paratrain.agreement import Failure
+
 FILE = "PARATRAIN_JOB"  # environment variable: the file that holds the job, where a sweep started this process
 MISTAKE = 2  # exit code after a `UserError`
 RESULT = "result.json"  # what the task returned in a job of a sweep, in its output directory
 
 _LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # as Hydra writes on rank 0
+_ECHO = 1.0  # seconds for which the echo of another rank's error is held back
 _OUTPUT_DIR = "paratrain/output_dir"
 
 
@@ -96,17 +101,21 @@ def from_file(task: Callable[[config.Config], Any], path: str, store: Store | No
 
 
 def run(task: Callable[[config.Config], Any], cfg: config.Config, store: Store | None) -> Any:
-    """`task(cfg)`; ends the process with one copy of an error over all ranks: exit code 2 for a `UserError`, else 1.
+    """`task(cfg)`; ends the process with one copy of an error a machine: exit code 2 for a `UserError`, else 1.
 
-    Alone (`store` is None), exceptions other than `UserError` pass through.
+    What is printed last on every machine is the error of the rank that failed first. Alone (`store` is None), exceptions other than `UserError` pass through.
     """
 
     def attempt() -> Any:
         try:
             return task(cfg)
         except UserError as error:
-            _print_once(f"error: {error}", str(error), store)
+            cause = _agreed(error)
+            _print_once(f"error: {error}", cause.text if cause else str(error), store)
             sys.exit(MISTAKE)
+        except Exception as error:
+            _agreed(error)
+            raise
 
     if store is None:
         return attempt()
@@ -115,8 +124,24 @@ def run(task: Callable[[config.Config], Any], cfg: config.Config, store: Store |
     try:
         return record(attempt, _whole_error_files())()
     except Exception as error:
-        _print_once(f"rank {_rank()}:\n{traceback.format_exc()}", f"{type(error).__name__}: {error}", store)
+        from paratrain import agreement
+
+        if (cause := agreement.cause_of(error)) is not None:
+            _print_once(f"error: {error}", f"{cause.kind}: {cause.text}", store)
+        else:
+            _print_once(f"rank {_rank()}:\n{traceback.format_exc()}", f"{type(error).__name__}: {error}", store)
         sys.exit(1)
+
+
+def _agreed(error: Exception) -> Failure | None:
+    """Tell the other ranks of an error; for one that is only the echo of another rank's, wait until that has said so itself."""
+    from paratrain import agreement
+
+    agreement.tell(error)
+    cause = agreement.cause_of(error)
+    if cause is not None:
+        time.sleep(_ECHO)
+    return cause
 
 
 def _whole_error_files() -> Any:
@@ -145,7 +170,7 @@ def _whole_error_files() -> Any:
 def _print_once(text: str, identity: str, store: Store | None) -> None:
     first = True
     if store is not None:
-        name = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        name = hashlib.blake2b(f"{socket.gethostname()}: {identity}".encode(), digest_size=8).hexdigest()
         try:
             first = store.add(f"error/{name}", 1) == 1
         except RuntimeError:  # the store died with the rank that held it: better twice than never

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import callbacks as events
 from paratrain import checkpoint, data, distributed, notes, resume, when
+from paratrain.agreement import FIT, agreed
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
 from paratrain.checkpoint import lock
@@ -78,6 +79,7 @@ class Trainer:
         self.eval_data = data.map_style(eval_data, "eval_data") if eval_data is not None else None
         self.order = data.Order(len(self.train_data), cfg.data.global_batch, cfg.seed, cfg.data.shuffle)
         self.engine: Engine = setup(model_fn, loss_fn, cfg)
+        self.agreement = self.engine.agreement
         asked = Path(cfg.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.output_dir: Path = distributed.on_main(lambda: _writable(asked))
         self.interrupted = False
@@ -96,6 +98,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
+    @agreed(FIT)
     def fit(self) -> dict[str, float]:
         """Train to the end, from the checkpoint that `resume` names, and return the last metrics.
 
@@ -129,6 +132,7 @@ class Trainer:
             exit_code = 0
             return metrics
         except BaseException as error:
+            self.agreement.tell(error)
             self.saver.join(_GRACE)
             self._note_bad_batch(error)
             for callback in self.callbacks:
@@ -321,6 +325,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation
 
+    @agreed("Trainer.evaluate()")
     def evaluate(self) -> dict[str, float]:
         """`eval/loss` over the evaluation data, every sample once, and `eval/perplexity` where the targets are tokens.
 

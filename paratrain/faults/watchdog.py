@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from paratrain import compat, notes
+from paratrain import agreement, compat, notes
 from paratrain.distributed import rank, world_size
 from paratrain.faults import HUNG
 
@@ -74,17 +74,20 @@ class Watchdog:
 
     def _give_up(self, since: float, doing: str) -> None:
         waited = time.monotonic() - since
+        others = agreement.survey()
         title = f"rank {rank()} of {world_size()}, process {os.getpid()}: no progress for {waited:.0f} s while {doing}"
 
         def write() -> None:
             with open(self.path, "w") as file:
-                file.write(f"{title} (trainer.step_timeout)\n\n{_collectives()}\n")
+                file.write("\n".join([f"{title} (trainer.step_timeout)", *others, "", _collectives(), ""]))
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
         if not notes.attempt(f"{self.path} was not written", write):  # a full disk must not keep what hangs alive
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         text = f"{title}; stacks and collectives of all ranks are in {self.path.parent}; a restart goes on from the last checkpoint"
+        if others:
+            text += "".join(f"\n  {line}" for line in others)
         log.error(text)
         print(f"error: {text}", file=sys.stderr, flush=True)
         time.sleep(_GRACE)
