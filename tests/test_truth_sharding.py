@@ -244,6 +244,10 @@ def test_derivatives_of_derivatives_are_evaluated():
         assert losses == pytest.approx([float(total / count)] * 2, rel=1e-12)
 
 
+def test_derivatives_across_stages_are_refused():
+    assert_refused(Forces, rows((8,)), with_extra, "pp", says="forward differentiates")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [Adapted, Vjp])
 def test_inner_optimisation_and_functional_derivatives(model):

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
+from paratrain.errors import UserError
 from paratrain.parallel import guess
 from paratrain.parallel.pipeline_split import has_tensor
 
@@ -19,6 +20,9 @@ def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[
     """Each of `names` that one run of the forward uses -> how many blocks are done there, in order; a block counts itself as to be done.
 
     Nothing where no inputs can be guessed for the model.
+
+    Raises:
+        UserError: for a forward that differentiates outside of its blocks.
     """
     try:
         twin, inputs = guess.runnable(model)
@@ -28,9 +32,9 @@ def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[
     watch = _Watch({id(params[name]) for name in names})
     for index, name in enumerate(blocks):
         block = twin.get_submodule(name)
-        block.register_forward_pre_hook(watch.at(index))
-        block.register_forward_hook(watch.at(index + 1))
-    with rng.preserved(torch.device("cpu")), torch.no_grad(), watch:
+        block.register_forward_pre_hook(watch.at(index, True))
+        block.register_forward_hook(watch.at(index + 1, False))
+    with rng.preserved(torch.device("cpu")), torch.enable_grad(), watch:
         guess.call(twin, inputs)
     return {name: sorted(watch.found[id(params[name])]) for name in names if id(params[name]) in watch.found}
 
@@ -42,15 +46,22 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.params = params
         self.position = 0
+        self.inside = False  # of a block
         self.found: dict[int, set[int]] = {}
 
-    def at(self, position: int) -> Any:
+    def at(self, position: int, inside: bool) -> Any:
         def hook(*ignored: Any) -> None:
+            self.inside = inside
             self.position = position
 
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad and self.position and not self.inside:
+            raise UserError(
+                "parallel.pp: forward differentiates (torch.autograd.grad) through what several stages compute, and none of them can; keep the "
+                "derivative inside one block, or train with parallel.pp=1"
+            )
         result = func(*args, **(kwargs or {}))
         if has_tensor(result):
             for leaf in tree_leaves((args, kwargs)):
