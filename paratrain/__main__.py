@@ -22,6 +22,12 @@ def _train(arguments: list[str]) -> int:
 
 def _launch(arguments: list[str]) -> int:
     """torchrun, where a mistake ends with its message and exit code 2: launch --nproc_per_node=2 -m paratrain.train ..."""
+    import signal
+
+    from paratrain.faults import INTERRUPTED
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # until torchrun, whose import takes seconds, has handlers of its own
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
     from paratrain.launch import launch
 
     return launch(arguments)

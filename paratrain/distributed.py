@@ -11,20 +11,24 @@ import atexit
 import hashlib
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from paratrain.errors import UserError
+from paratrain.errors import PeerError, UserError
 
 _HANDSHAKE = "paratrain"
 _PR_SET_PDEATHSIG = 1
+_SHOWN = 10.0  # seconds that a network file system may take to show a new file
 T = TypeVar("T")
 
 
@@ -57,21 +61,61 @@ def on_main(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, on every rank; a mistake it finds there is raised on every rank.
 
     Raises:
-        UserError: the one that `function` raised on rank 0.
+        UserError: the one that `function` raised on rank 0; PeerError in the place of any other error there.
     """
     if world_size() == 1:
         return function()
     answer: list[Any] = [None]
+    fault: Exception | None = None
     if is_main_process():
         try:
             answer = [(True, function())]
         except UserError as error:
             answer = [(False, error)]
+        except Exception as error:
+            fault, answer = error, [(False, PeerError(f"rank 0 failed with {type(error).__name__}: {error}"))]
     dist.broadcast_object_list(answer, src=0)
+    if fault is not None:
+        raise fault
     good, value = answer[0]
     if not good:
         raise value
     return value
+
+
+def refuse_unless_shared(directory: Path) -> None:
+    """Find out before anything is trained whether every rank sees the directory of rank 0. Every rank must call it.
+
+    Raises:
+        UserError: on every rank: names those that do not.
+    """
+    if world_size() == 1:
+        return
+    mark = directory / on_main(lambda: f".shared-{uuid.uuid4().hex}")
+    try:
+        on_main(mark.touch)
+        seen: list[Any] = [None] * world_size()
+        dist.all_gather_object(seen, (_appears(mark), socket.gethostname(), str(directory.absolute())))
+    finally:
+        if is_main_process():
+            mark.unlink(missing_ok=True)
+    if blind := [f"rank {rank} on {host} ({where})" for rank, (sees, host, where) in enumerate(seen) if not sees]:
+        raise UserError(
+            f"output_dir={directory}: {', '.join(blind[:8])} {'do' if len(blind) > 1 else 'does'} not see what rank 0 on {seen[0][1]} writes to "
+            f"{seen[0][2]}, so no checkpoint could be whole; name a directory on a file system that all hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there; a network file system may take some seconds to show it."""
+    deadline = time.monotonic() + _SHOWN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # which asks the server anew
+        time.sleep(0.1)
+    return True
 
 
 def rendezvous(timeout: timedelta = timedelta(minutes=10)) -> dist.Store:

@@ -33,6 +33,15 @@ def write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
+def size(count: float) -> str:
+    """Bytes for a person: "3 bytes", "1.5 MiB", "12 GiB"."""
+    value, unit = float(count), 0
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    while value >= 1000 and unit + 1 < len(units):
+        value, unit = value / 1024, unit + 1
+    return f"{value:.3g} {units[unit]}"
+
+
 def attempt(failure: str, call: Callable[[], Any]) -> bool:
     """Whether `call` went well; an error in it is a warning that begins with `failure`."""
     try:

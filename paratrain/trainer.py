@@ -82,6 +82,7 @@ class Trainer:
         self.agreement = self.engine.agreement
         asked = Path(cfg.output_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         self.output_dir: Path = distributed.on_main(lambda: _writable(asked))
+        distributed.refuse_unless_shared(self.output_dir)
         self.interrupted = False
         self.proof = verdict.Verdict("running", "not proven yet")
         self._made = made

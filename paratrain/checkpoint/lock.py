@@ -43,6 +43,11 @@ def held(directory: Path) -> Iterator[None]:
             f"output_dir={directory}: cannot open its lock {path.name} ({why}); remove it, or choose another directory"
         ) from None
     ended = threading.Event()
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        raise UserError(
+            f"output_dir={directory}: its lock {path.name} is another name of a file that would be overwritten; remove it, or choose another directory"
+        )
     try:
         _acquire(fd, directory)
         holder = _holder(fd)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from paratrain import notes
 from paratrain.checkpoint import files
 from paratrain.checkpoint.directory import beside
 from paratrain.checkpoint.manifest import (
@@ -158,9 +159,7 @@ class Writer(StorageWriter):
         """A disk that fills up while ranks write costs the time of a save, and may take the logs with it."""
         free = shutil.disk_usage(self.temporary).free
         if needed + needed // 50 > free:
-            raise CheckpointError(
-                f"{self.target.parent} has {free / 2**30:.3f} GiB free, and the checkpoint needs {needed / 2**30:.3f} GiB"
-            )
+            raise CheckpointError(f"{self.target.parent} has {notes.size(free)} free, and the checkpoint needs {notes.size(needed)}")
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         rank, name = plan.storage_data

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from paratrain import rng
+from paratrain import notes, rng
 from paratrain.config import Config
 
 log = logging.getLogger(__name__)
@@ -107,9 +107,9 @@ class Budget:
             peak = max([total, *(sum(inputs[: i + 1]) + kept[i] for i in range(count))])
             if peak <= self.bytes:
                 break
-        log.info("memory.recompute=auto: %d of %d blocks, activations %.3f of %.3f GiB", count, len(kept), peak / 2**30, self.bytes / 2**30)
+        log.info("memory.recompute=auto: %d of %d blocks, activations %s of %s", count, len(kept), notes.size(peak), notes.size(self.bytes))
         if peak > self.bytes:
-            log.warning("memory.budget_gib: activations take %.3f GiB although every block is recomputed", peak / 2**30)
+            log.warning("memory.budget_gib: activations take %s although every block is recomputed", notes.size(peak))
         return count
 
 
