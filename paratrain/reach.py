@@ -12,7 +12,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,6 +81,8 @@ def slots(roots: Sequence[tuple[str, Any]], known: Sequence[Any] = (), trained: 
         trained: weights that are trained are slots as well.
     """
     seen = {id(item) for item in known}
+    places: set[tuple[int, str]] = set()
+    paths: dict[str, int] = {}
     found: list[Slot] = []
     queue = deque(roots)
     while queue:
@@ -96,10 +98,13 @@ def slots(roots: Sequence[tuple[str, Any]], known: Sequence[Any] = (), trained: 
             seen.add(id(owner))
             made = list(_slots(path, owner))
         for slot in made:
-            if id(slot.store) in seen and slot.kind == "variable":
-                continue  # one cell in several functions
-            if slot.kind == "variable" and isinstance(slot.store, types.CellType):
-                seen.add(id(slot.store))
+            place = id(slot.store), slot.key if not isinstance(slot.store, types.CellType) else ""
+            if place in places:  # one cell in several functions, one class of several modules
+                continue
+            places.add(place)
+            paths[slot.path] = paths.get(slot.path, 0) + 1
+            if paths[slot.path] > 1:
+                slot = replace(slot, path=f"{slot.path}#{paths[slot.path]}")
             found.append(slot)
             value = slot.get()
             if not isinstance(value, (*_SIMPLE, torch.Tensor)):
@@ -310,8 +315,13 @@ class Frozen:
         """
         return _thaw(self._tree, fresh, generators)
 
+    @property
+    def object(self) -> Any:
+        """What was frozen, whatever became of it."""
+        return self._tree[1]
+
     def value(self) -> Any:
-        """A tree of the same values in containers of their own; not for objects, which are shared."""
+        """A tree of the same values in containers and objects of their own."""
         return _copy(self._tree)
 
 
@@ -327,7 +337,7 @@ def _same(tree: tuple[str, Any, Any], value: Any) -> bool:
         copy = content[1]
         if copy is None or copy.shape != value.shape or copy.dtype != value.dtype or copy.device != value.device:
             return False
-        return _hash(copy) == _hash(value)
+        return torch.equal(copy, value.detach()) or _hash(copy) == _hash(value)
     if kind == "generator":
         return True
     if kind == "array":
@@ -361,7 +371,7 @@ def _thaw(tree: tuple[str, Any, Any], fresh: bool, generators: bool) -> Any:
         if fresh:
             new = copy.clone()
             return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        if old._version != version and _hash(old) != _hash(copy):
+        if old._version != version:
             with torch.no_grad():
                 old.copy_(copy)
         return old
@@ -410,6 +420,10 @@ def _copy(tree: tuple[str, Any, Any]) -> Any:
         return type(old)(_copy(part) for part in content)
     if kind == "dict":
         return {key: _copy(part) for key, part in content.items()}
+    if kind == "object":
+        new = object.__new__(type(old))
+        vars(new).update({key: _copy(part) for key, part in content.items()})
+        return new
     return old
 
 

@@ -1,0 +1,493 @@
+"""State that forward moves: counters, moving averages, queues, hidden states carried from batch to batch.
+
+One process moves it once a step, by the whole batch. Over micro-batches, ranks, stages and recomputation it would move more often, or by other
+samples. So the first steps (and steps 4, 8, 16, ...) look at everything that model and loss keep, wherever they keep it, before and after each
+micro-batch, each of which starts from what was there before the step. What changed is one of
+
+    step    every micro-batch and rank made the same of it: it does not hang on the samples, and is moved once a step
+    rows    it holds something for each sample of the micro-batch, and forward reads it: each micro-batch gets its own back
+    local   forward writes and never reads it (features kept for the loss, caches): nothing to do
+    other   it hangs on the samples: refused, unless `trainer.forward_state` says what is to become of it
+
+What reads it is found by running a micro-batch once more, from the state after it. BatchNorm's statistics are not looked at: see `batch_norm.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from paratrain import reach
+from paratrain.config import DDP, Config
+from paratrain.errors import UserError
+from paratrain.mesh import Mesh
+from paratrain.reach import ABSENT, Frozen, Slot
+
+log = logging.getLogger(__name__)
+_FIRST = 3  # steps that are looked at, beside those that are powers of two
+_COPIED = 256 << 20  # bytes of tensors that are copied to be put back; larger ones only where the configuration names them
+_TRIED = 16  # states that are tried one by one
+_WEIGHTS = 64 << 20
+Unit = Hashable  # the number of a micro-batch, or (stage, number)
+
+
+@dataclass
+class _Step:
+    """What is known of the step that runs."""
+
+    probing: bool
+    units: int
+    before: dict[str, tuple[Slot, Frozen]]
+    after: dict[Unit, dict[str, tuple[Slot, Frozen]]] = field(default_factory=dict)
+    weights: dict[Unit, tuple[int, int]] = field(default_factory=dict)  # real samples, samples
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What the micro-batches of one rank made of a state."""
+
+    digests: tuple[str, ...]
+    rows: bool
+    kind: str
+    lasting: bool
+    complete: bool
+    present: bool
+
+
+class ForwardState:
+    """Follows what forward moves. Its methods return at once where nothing moves, or where the layout is one process with one micro-batch."""
+
+    def __init__(self, model: nn.Module, loss_fn: Any, cfg: Config, mesh: Mesh, device: torch.device):
+        self._model, self._cfg, self._mesh, self._device = model, cfg, mesh, device
+        self._rules = cfg.trainer.forward_state
+        self._loss = reach.roots_of(loss_fn, "loss")
+        self._ranks, self._pp = mesh.weights.size(), mesh.root["pp"].size()
+        self._fresh = self._pp > 1  # backwards are still to come when the next micro-batch begins
+        self._kinds: dict[str, str] = {}
+        self._followed: list[Slot] = []
+        self._partial: dict[str, int] = {}  # states that some stages move and others do not -> a stage that does
+        self._rows: dict[str, tuple[Any, dict[Unit, Frozen]]] = {}
+        self._steps = 0
+        self._size: int | None = None
+        self._step: _Step | None = None
+
+    # ------------------------------------------------------------------ a step
+
+    def begin(self, units: int, size: int) -> None:
+        """Before the forwards of a step of so many micro-batches of a global batch of `size` samples."""
+        self._step = None
+        before, self._size = self._size, size
+        if self._ranks == 1 and units == 1 and self._pp == 1:
+            return
+        probing = self._steps < _FIRST or not self._steps & (self._steps - 1)
+        self._steps += 1
+        if not probing and not self._followed:
+            return
+        if before not in (None, size) and (rows := [path for path, kind in self._kinds.items() if kind == "rows"]):
+            raise UserError(
+                f"model: {rows[0]} holds something for each sample of the batch before, which had {before} samples, and this one has {size}; which of "
+                "them belong together depends on the layout; give every batch as many samples, and reset it between batches that do not follow "
+                f"each other, or write trainer.forward_state={{'{rows[0]}': local}}"
+            )
+        found = self._slots() if probing else self._followed
+        copies = self._copies(found)
+        self._step = _Step(probing, units, {slot.path: (slot, Frozen(slot.get(), copies.get(slot.path, _all))) for slot in found})
+        for path, (left, _) in list(self._rows.items()):
+            if path in self._step.before and self._step.before[path][0].get() is not left:  # reset by the user
+                del self._rows[path]
+
+    def before(self, unit: Unit, loss: bool | None = None) -> None:
+        """Before the forward of a micro-batch: everything as it was before the step.
+
+        Args:
+            loss: whether this is the loss (True) or the model alone (False); None: both.
+        """
+        step = self._step
+        if step is None:
+            return
+        if step.after or self._fresh:
+            self._restore(step, loss)
+        for path, (_, rows) in self._rows.items():
+            if unit in rows and path in step.before:
+                step.before[path][0].put(rows[unit].thaw(fresh=self._fresh))
+
+    def after(self, unit: Unit, real: int, samples: int, loss: bool | None = None) -> None:
+        """After its forward (and backward, where one follows the other): what it moved."""
+        step = self._step
+        if step is None:
+            return
+        moved = step.after.setdefault(unit, {})
+        step.weights[unit] = real, samples
+        for slot in self._slots(loss) if step.probing else self._followed:
+            if not _of(slot.path, loss):
+                continue
+            had = step.before.get(slot.path)
+            if had is None or not had[1].same(slot.get()):
+                moved[slot.path] = slot, Frozen(slot.get())
+        for path in step.before.keys() - moved.keys() if step.probing else ():  # attributes that forward deleted
+            slot, had_ = step.before[path]
+            if _of(path, loss) and slot.get() is ABSENT and had_.object is not ABSENT:
+                moved[path] = slot, Frozen(ABSENT)
+
+    def end(self, again: Callable[[], float] | None) -> None:
+        """After the last micro-batch, before the weights are updated: every state gets what it ends this step with. Every rank must call it.
+
+        Args:
+            again: runs the first micro-batch once more, forward and loss alone, on every rank together; returns the loss. None where
+                that is not possible.
+
+        Raises:
+            UserError: on every rank: a state would depend on the layout; names it, and what to write.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        paths = {path for moved in step.after.values() for path in moved}
+        tried = False
+        if step.probing:
+            facts = self._gathered(step, paths)
+            if not facts:
+                return
+            unresolved = self._decide(facts)
+            if unresolved and again is not None:
+                tried = True
+                self._try(step, unresolved, facts, again)
+            elif unresolved:
+                self._without_trying(unresolved, facts)
+        self._finish(step, paths, restored=tried or self._fresh)
+        if step.probing:
+            self._follow(step)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Give everything that model and loss keep back as it was, whatever forward does inside."""
+        found = self._slots()
+        copies = self._copies(found)
+        kept = {slot.path: (slot, Frozen(slot.get(), copies.get(slot.path, _all))) for slot in found}
+        try:
+            yield
+        finally:
+            _put_back(kept, self._slots(), generators=True)
+
+    # ------------------------------------------------------------------ what there is
+
+    def _slots(self, loss: bool | None = None) -> list[Slot]:
+        found = [] if loss else reach.slots([("", self._model)])
+        if loss is not False:
+            found += reach.slots(self._loss, known=list(self._model.modules()))
+        return found
+
+    def _copies(self, found: Sequence[Slot]) -> Mapping[str, Callable[[torch.Tensor], bool]]:
+        """Of which slots tensors are copied, so that they can be put back: all but large ones that nobody named."""
+        weights = sum(_bytes(tensor) for slot in found if slot.kind == "parameter" for tensor in reach.tensors(slot.get()))
+        rest = sum(_bytes(tensor) for slot in found if slot.kind != "parameter" for tensor in reach.tensors(slot.get()))
+        over = {"parameter": weights > _WEIGHTS, "other": rest > _COPIED}
+        return {
+            slot.path: _none
+            for slot in found
+            if over["parameter" if slot.kind == "parameter" else "other"] and not reach.matches(slot.path, self._rules)
+        }
+
+    def _restore(self, step: _Step, loss: bool | None) -> None:
+        kept = {path: pair for path, pair in step.before.items() if _of(path, loss)}
+        _put_back(kept, self._slots(loss) if step.probing else (), fresh=self._fresh)
+
+    # ------------------------------------------------------------------ what it is
+
+    def _gathered(self, step: _Step, paths: set[str]) -> list[tuple[int, dict[str, _Fact]]]:
+        """(stage, what moved) of every rank; nothing where nothing moved anywhere."""
+        if dist.get_world_size() == 1:
+            return [(0, {path: self._fact(step, path) for path in paths})] if paths else []
+        flag = torch.tensor([float(bool(paths))], device=self._device)
+        dist.all_reduce(flag)
+        if not float(flag):
+            return []
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (self._mesh.root["pp"].get_local_rank(), {path: self._fact(step, path) for path in sorted(paths)}))
+        return told
+
+    def _fact(self, step: _Step, path: str) -> _Fact:
+        slot, had = step.before.get(path, (None, Frozen(ABSENT)))
+        digests, rows = [], True
+        for unit, moved in step.after.items():
+            if path in moved:
+                slot, now = moved[path]
+                value = now.value()
+                digests.append(reach.digest(value))
+                rows = rows and _is_rows(value, had.value(), step.weights[unit][1])
+            elif self._pp == 1 or path in self._kinds:
+                digests.append(reach.digest(had.value()) if self._pp == 1 else "")
+        assert slot is not None
+        return _Fact(tuple(digest for digest in digests if digest), rows, slot.kind, slot.lasting, had.complete, path in step.before)
+
+    def _decide(self, facts: list[tuple[int, dict[str, _Fact]]]) -> list[str]:
+        """Settle the kinds of what moved; returns what needs to be tried."""
+        unresolved = []
+        for path in sorted({path for _, here in facts for path in here}):
+            held = [here[path] for _, here in facts if path in here]
+            asked = reach.matches(path, self._rules)
+            stages = {stage for stage, here in facts if path in here}
+            everywhere = all(path in here for stage, here in facts if stage in stages)
+            equal = everywhere and len({digest for fact in held for digest in fact.digests}) == 1
+            if asked is not None:
+                self._kinds[path] = self._rules[asked]
+                if self._rules[asked] in ("mean", "sum") and not all(fact.present for fact in held):
+                    raise UserError(
+                        f"trainer.forward_state={{'{asked}': {self._rules[asked]}}}: {path} is not there before the first forward; give it its first "
+                        "value in the constructor"
+                    )
+                if self._rules[asked] == "step" and not equal:
+                    raise UserError(
+                        f"trainer.forward_state={{'{asked}': step}}: {path} does not end a step with the same value on every rank and micro-batch: it "
+                        f"hangs on the samples; write {_CHOICES}"
+                    )
+            elif equal:
+                if not all(fact.complete for fact in held):
+                    raise UserError(
+                        f"model: forward moves {path}, which is too large to be copied unasked, so each micro-batch would move it again; write "
+                        f"trainer.forward_state={{'{path}': step}}, or move it once a step, after engine.train_step"
+                    )
+                self._kinds.setdefault(path, "step")
+            elif self._kinds.get(path) not in ("local", "rows"):
+                unresolved.append(path)
+            # what belongs to a block is read by the stage that holds it alone
+            if self._kinds.get(path, "local") not in ("local", "rows") and len(stages) < self._pp and not _of_a_block(path):
+                self._partial[path] = min(stages)
+        return unresolved
+
+    def _try(self, step: _Step, unresolved: list[str], facts: list[tuple[int, dict[str, _Fact]]], again: Callable[[], float]) -> None:
+        """Run the first micro-batch from what it was given and from what it left, and see what comes out."""
+        first = next(iter(step.after.values()), {})
+
+        def run(moved: Sequence[str]) -> tuple[float, dict[str, str]]:
+            _put_back(step.before, self._slots(), generators=True)
+            for path in moved:
+                if path in first:
+                    slot, value = first[path]
+                    slot.put(value.thaw())
+            total = again()
+            left = {slot.path: slot for slot in self._slots()}
+            return total, {path: reach.digest(left[path].get()) if path in left else "" for path in unresolved}
+
+        total, left = run(())
+        joint, joint_left = run(unresolved)
+        other, moves = self._agreed([self._differ(total, joint), *(left[path] != joint_left[path] for path in unresolved)])
+        read = [other] * len(unresolved)
+        if other and 1 < len(unresolved) <= _TRIED:
+            _, read = self._agreed([False, *(self._differ(total, run([path])[0]) for path in unresolved)])
+            if not any(read):  # together only
+                read = moves
+        _put_back(step.before, self._slots(), generators=True)
+        self._judge(dict(zip(unresolved, zip(read, moves, strict=True), strict=True)), facts)
+
+    def _differ(self, a: float, b: float) -> bool:
+        """Whether two losses of the same samples differ by more than a device does from one run to the next."""
+        slack = 0.0 if self._device.type == "cpu" else 1e-6
+        return a != b and not (math.isnan(a) and math.isnan(b)) and not abs(a - b) <= slack * abs(a)
+
+    def _agreed(self, flags: list[bool]) -> tuple[bool, list[bool]]:
+        """The first flag and the others, each true where it is true on any rank."""
+        box = torch.tensor([float(flag) for flag in flags], device=self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        values = [bool(value) for value in box.tolist()]
+        return values[0], values[1:]
+
+    def _without_trying(self, unresolved: list[str], facts: list[tuple[int, dict[str, _Fact]]]) -> None:
+        """In a loop of the user's own: buffers are state, of attributes nobody knows."""
+        held = {path: fact for _, here in facts for path, fact in here.items()}
+        self._judge({path: (held[path].kind == "buffer", True) for path in unresolved}, facts)
+
+    def _judge(self, verdicts: Mapping[str, tuple[bool, bool]], facts: list[tuple[int, dict[str, _Fact]]]) -> None:
+        """Settle what hangs on the samples.
+
+        Args:
+            verdicts: path -> (whether the loss hangs on it, whether it moves on).
+        """
+        refused = []
+        for path, (read, moves) in verdicts.items():
+            held = [here[path] for _, here in facts if path in here]
+            rows = all(fact.rows for fact in held) and self._mesh.weights.size() == self._mesh.data.size()
+            kept = held[0].kind in ("buffer", "parameter") and held[0].lasting and not path.startswith("loss")
+            broadcast = held[0].kind == "buffer" and isinstance(self._cfg.strategy, DDP) and self._cfg.strategy.broadcast_buffers
+            if rows and read and not (broadcast and self._ranks > 1):
+                self._kinds[path] = "rows"
+            elif read or kept:
+                refused.append(path)
+            else:
+                self._kinds[path] = "local"
+                if moves:
+                    log.warning(
+                        "model: forward adds up %s over what this rank sees; the loss does not hang on it, so it is left to each rank "
+                        "(trainer.forward_state={'%s': sum} adds it up over all)",
+                        path,
+                        path,
+                    )
+        if refused:
+            raise UserError(
+                f"{'loss' if refused[0].startswith('loss.') else 'model'}: forward moves {', '.join(refused[:5])} by the samples that it sees, and under "
+                f"{self._layout()} these are not those of the whole batch, so the loss would depend on the layout; write "
+                f"trainer.forward_state={{'{refused[0]}': mean}}, or one of {_CHOICES}. What forward reads after it moved it is exact with one "
+                "process alone: read first, then move"
+            )
+
+    def _layout(self) -> str:
+        parts = [f"{self._ranks} data ranks"] if self._ranks > 1 else []
+        parts += [f"parallel.pp={self._pp}"] if self._pp > 1 else []
+        size = self._cfg.data.micro_batch_size
+        parts += [f"data.micro_batch_size={size}"] if size is not None else []
+        return " and ".join(parts) or "several micro-batches"
+
+    # ------------------------------------------------------------------ what becomes of it
+
+    def _finish(self, step: _Step, paths: set[str], restored: bool) -> None:
+        everyone = sorted(paths | {path for path, kind in self._kinds.items() if kind in ("mean", "sum", "rank0")} | set(self._partial))
+        if restored:
+            _put_back(step.before, self._slots() if step.probing else ())
+        for path in everyone:
+            kind = self._kinds.get(path, "local")
+            moved = {unit: pairs[path] for unit, pairs in step.after.items() if path in pairs}
+            pair = step.before.get(path) or next(iter(moved.values()), None)
+            if pair is None:
+                continue
+            slot, had = pair[0], step.before[path][1] if path in step.before else Frozen(ABSENT)
+            last = next(reversed(moved.values()), (slot, had))[1]
+            if kind in ("mean", "sum"):
+                value = self._combined(step, path, kind, had, moved)
+            elif kind == "rank0":
+                value = self._from(0, self._mesh.weights.get_group(), next(iter(moved.values()), (slot, had))[1].value())
+            else:
+                value = last.thaw()
+                if kind == "local" and len(moved) > 1:
+                    value = _added(had.value(), [frozen.value() for _, frozen in moved.values()], value)
+            if path in self._partial:
+                value = self._from(self._partial[path], self._mesh.root["pp"].get_group(), value)
+            _settle(slot, had, value)
+            if kind == "rows" and step.units > 1:
+                self._rows[path] = slot.get(), {unit: frozen for unit, (_, frozen) in moved.items()}
+
+    def _from(self, rank: int, group: dist.ProcessGroup, value: Any) -> Any:
+        if group.size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=group, group_src=rank)
+        return box[0]
+
+    def _combined(self, step: _Step, path: str, kind: str, had: Frozen, moved: dict[Unit, tuple[Slot, Frozen]]) -> Any:
+        """The mean over samples, or what was there and the sum of all changes."""
+        start = had.value()
+        leaves, spec = tree_flatten(start)
+        stage = min((unit[0] for unit in moved if isinstance(unit, tuple)), default=None)  # another of this rank's would count it again
+        units = [unit for unit in step.weights if stage is None or (isinstance(unit, tuple) and unit[0] == stage)]
+        parts = [(step.weights[unit][0], tree_flatten(moved[unit][1].value())[0] if unit in moved else leaves) for unit in units]
+        weight = self._summed(float(sum(real for real, _ in parts)))
+        results = []
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, int | float | torch.Tensor) or any(_shape(part[index]) != _shape(leaf) for _, part in parts):
+                raise UserError(f"trainer.forward_state={{'{path}': {kind}}}: {path} is no number or tensor of one shape; write rank0 or local")
+            wide = (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, device=self._device)).to(torch.float64)
+            if kind == "sum":
+                change = sum((_wide(part[index], wide) - wide for _, part in parts), torch.zeros_like(wide))
+                result = wide + self._summed(change)
+            else:
+                total = self._summed(sum((_wide(part[index], wide) * real for real, part in parts), torch.zeros_like(wide)))
+                result = total / weight if weight else wide
+            results.append(result.to(leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)(result.item()))
+        return tree_unflatten(results, spec)
+
+    def _summed(self, value: Any) -> Any:
+        if self._ranks == 1:
+            return value
+        box = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=self._device)
+        dist.all_reduce(box, group=self._mesh.weights.get_group())
+        return box if isinstance(value, torch.Tensor) else float(box)
+
+    def _follow(self, step: _Step) -> None:
+        """From now on only what needs something done in each step."""
+        slots = {path: slot for path, (slot, _) in step.before.items()}
+        slots |= {path: slot for moved in step.after.values() for path, (slot, _) in moved.items()}
+        self._followed = [slots[path] for path, kind in self._kinds.items() if kind != "local" and path in slots]
+
+
+_CHOICES = (
+    "mean (over the samples of all), sum (of the changes of all), rank0 (as rank 0's first micro-batch leaves it), local (each rank's own, moved "
+    "by each micro-batch)"
+)
+
+
+def _all(tensor: torch.Tensor) -> bool:
+    return True
+
+
+def _none(tensor: torch.Tensor) -> bool:
+    return False
+
+
+def _of_a_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _of(path: str, loss: bool | None) -> bool:
+    return loss is None or path.startswith("loss.") is loss
+
+
+def _put_back(kept: Mapping[str, tuple[Slot, Frozen]], now: Sequence[Slot], fresh: bool = False, generators: bool = False) -> None:
+    stores = {id(slot.store) for slot, _ in kept.values()}
+    for slot in now:
+        if slot.path not in kept and id(slot.store) in stores:
+            slot.put(ABSENT)
+    for slot, frozen in kept.values():
+        value = slot.get()
+        if generators or not frozen.same(value) or value is not frozen.object:
+            slot.put(frozen.thaw(fresh, generators))
+
+
+def _settle(slot: Slot, had: Frozen, value: Any) -> None:
+    """`value` in a slot: in the tensor that was there, which others may refer to."""
+    old = had.object
+    if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor) and old.shape == value.shape and old.dtype == value.dtype:
+        if old is not value:
+            with torch.no_grad():
+                old.copy_(value)
+        value = old
+    slot.put(value)
+
+
+def _added(start: Any, ends: Sequence[Any], last: Any) -> Any:
+    """What micro-batches that each began from `start` would have made of a number or list one after another; else what the last made."""
+    if isinstance(start, int | float) and all(isinstance(end, int | float) for end in ends) and not isinstance(start, bool):
+        return start + sum(end - start for end in ends)
+    if isinstance(last, list) and isinstance(start, list) and all(isinstance(end, list) and len(end) >= len(start) for end in ends):
+        last[:] = [*start, *(item for end in ends for item in end[len(start) :])]
+    return last
+
+
+def _is_rows(value: Any, had: Any, samples: int) -> bool:
+    """Whether a state that forward made holds something for each sample: it has their number among its sizes, and did not before."""
+    found, before = list(reach.tensors(value)), list(reach.tensors(had))
+    if not found or len(list(reach.leaves("", value))) != len(found):
+        return False
+    sized = all(samples in tensor.shape for tensor in found)
+    return sized and (len(before) != len(found) or all(samples in tensor.shape for tensor in before))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shape(leaf: Any) -> Any:
+    return leaf.shape if isinstance(leaf, torch.Tensor) else ()
+
+
+def _wide(leaf: Any, like: torch.Tensor) -> torch.Tensor:
+    return (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf)).to(like)
+
