@@ -25,6 +25,7 @@ from paratrain.batch import LocalBatch
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.faults import memory, nonfinite
+from paratrain.forward_state import ForwardState
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count, named
 from paratrain.mesh import Mesh
@@ -85,6 +86,8 @@ class Engine:
         self._data_group, self._data_rank, self._data_ranks = mesh.data.get_group(), mesh.data.get_local_rank(), mesh.data.size()
         self._weights_rank = mesh.weights.get_local_rank()
         self._norms = batch_norm.synchronised(self.model)
+        self._moved = ForwardState(self.model, loss_fn, cfg, mesh, device)
+        self._in_loop: int | None = None  # samples of a forward in a loop of the user's own, whose step has not ended
         self._policy = POLICIES[cfg.precision.name]
         watched = cfg.precision.fallback.policy != "off"
         codes = compiled(self.model)
@@ -143,17 +146,22 @@ class Engine:
         micro = self._micro_batches(batch)
         self._votes = tuple(votes)
         self._losses.begin(len(micro))
+        self._moved.begin(len(micro), batches.as_local(batch).size)
         with rng.preserved(self.device):
-            if self._layout.pipeline is not None:
-                self._train_stages(self._layout.pipeline, micro)
+            if (pipeline := self._layout.pipeline) is not None:
+                self._train_stages(pipeline, micro)
+                self._moved.end(partial(self._again_stages, pipeline, micro[:1]))
                 return self.step()
             if self._in_backward is not None:
                 self._update_in_backward(self._in_backward, micro)
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank)
+                self._moved.before(number)
                 with self.no_sync() if number + 1 < len(micro) else nullcontext():
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
+                self._moved.after(number, real)
+            self._moved.end(partial(self._again, *micro[0]))
         return self.step()
 
     @agreed("engine.eval_step()")
@@ -201,6 +209,9 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
         batch_norm.weigh(self._norms)
+        if self._in_loop is None:
+            self._moved.begin(1)
+            self._in_loop = next((len(leaf) for leaf in batches.tensors((args, kwargs)) if leaf.ndim), 1)
         args, kwargs = batches.to_device((args, kwargs), self.device)
         args, kwargs = self._policy.cast_inputs((args, kwargs))
         with self._policy.autocast(self.device.type):
@@ -261,6 +272,10 @@ class Engine:
         """Update the weights with the gradients of every `backward` since the last step, or skip if float16 overflowed."""
         if self._window is None:
             raise UserError("step() without gradients: call engine.backward(loss) first (or engine.train_step(batch) for all of it)")
+        if self._in_loop is not None:
+            self._moved.after(0, self._in_loop)
+            self._in_loop = None
+            self._moved.end(None)
         if self._reduced is None:
             self.clip_grad_norm_(self.cfg.trainer.clip_norm)
         assert self._reduced is not None
@@ -488,8 +503,9 @@ class Engine:
         parts = [(*context.part(inputs, targets), real) for inputs, targets, real in micro]
         if not context.proven:
             everywhere = self._layout.pipeline.everywhere if self._layout.pipeline is not None else lambda value: [value]
-            context.prove(self._outputs, parts[0][0], everywhere)
-            self._layout.settle()
+            with self._moved.preserved():
+                context.prove(self._outputs, parts[0][0], everywhere)
+                self._layout.settle()
         return parts
 
     def _outputs(self, inputs: Sequence[Any]) -> list[Any]:
@@ -507,19 +523,51 @@ class Engine:
         self._window = (0.0, 0.0)
 
         def finish(number: int, outputs: Any) -> torch.Tensor:
+            unit = len(pipeline.planned.rank_of) - 1, number
+            self._moved.before(unit, loss=True)
             total, count = self._measure(outputs, *micro[number][1:])
+            self._moved.after(unit, micro[number][2], loss=True)
             return self._to_differentiate(total, count)
 
         @contextmanager
         def around(stage: int, number: int) -> Iterator[None]:
-            rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank, stage)
-            with self._policy.autocast(self.device.type):
+            self._moved.before((stage, number), loss=False)
+            with self._around_stage(stage, number):
                 yield
+            self._moved.after((stage, number), micro[number][2], loss=False)
 
         pipeline.train(self._calls(micro), around, finish)
         if not self._unit_agreed:
             self._unit = pipeline.largest(self._unit or 0.0)
             self._unit_agreed = True
+
+    @contextmanager
+    def _around_stage(self, stage: int, number: int) -> Iterator[None]:
+        rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank, stage)
+        with self._policy.autocast(self.device.type):
+            yield
+
+    def _again(self, inputs: Any, targets: Any, real: int) -> float:
+        """The loss of a micro-batch that has been trained on, once more, as the first of its step; see `forward_state.py`."""
+        sums = self._losses.sums
+        with rng.all_preserved(), self._layout.unordered():
+            rng.seed_all(self.cfg.seed)
+            rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self._weights_rank)
+            total, _ = self._loss(self.model, inputs, targets, real)
+        self._losses.sums = sums
+        self._layout.settle()
+        return float(total)
+
+    def _again_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> float:
+        """`_again` over the stages; 0 on all but the last."""
+        found, sums = [0.0], self._losses.sums
+        with rng.all_preserved():
+            rng.seed_all(self.cfg.seed)
+            finish = lambda number, outputs: found.append(float(self._measure(outputs, *micro[number][1:])[0]))  # noqa: E731
+            pipeline.evaluate(self._calls(micro), self._around_stage, finish, gradients=True)
+        self._losses.sums = sums
+        self._layout.settle()
+        return found[-1]
 
     def _evaluate_stages(self, pipeline: Pipeline, micro: list[tuple[Any, Any, int]]) -> tuple[Scalar, Scalar]:
         window: tuple[Scalar, Scalar] = (0.0, 0.0)
@@ -576,6 +624,8 @@ class Engine:
         (inputs, targets, real), *_ = micro
         rng.reseed(self.device, self.cfg.seed, self.global_step, 0, self._weights_rank)
         total, count = self._loss(self._layout.run, inputs, targets, real)
+        self._moved.after(0, real)
+        self._moved.end(None)
         self._window = self._totals.add((0.0, 0.0), total, count)
         totals = self._losses.weighed(self._totals.over_ranks((*self._window, *self._losses.sums, *self._votes)))
         self._layout.backward(total * (self._layout.average / or_one(totals[1])))
@@ -590,7 +640,7 @@ class Engine:
         micro = batches.split(share, size)[:2]  # one that accumulates and one that reduces
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         fits = True
-        with rng.preserved(self.device), self._layout.rehearsal():
+        with rng.preserved(self.device), self._moved.preserved(), self._layout.rehearsal():
             try:
                 for number, part in enumerate(micro):
                     with self.no_sync() if number + 1 < len(micro) else nullcontext():

@@ -24,12 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from paratrain import reach
-from paratrain.config import DDP, Config
+from paratrain.config import DDP, Config, Foreign
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
+from paratrain.parallel import written_weights
+from paratrain.parallel.written_weights import WrittenWeights
 from paratrain.reach import ABSENT, Frozen, Slot
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class _Step:
     units: int
     before: dict[str, tuple[Slot, Frozen]]
     after: dict[Unit, dict[str, tuple[Slot, Frozen]]] = field(default_factory=dict)
-    weights: dict[Unit, tuple[int, int]] = field(default_factory=dict)  # real samples, samples
+    weights: dict[Unit, int] = field(default_factory=dict)  # real samples
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class ForwardState:
         self._rules = cfg.trainer.forward_state
         self._loss = reach.roots_of(loss_fn, "loss")
         self._ranks, self._pp = mesh.weights.size(), mesh.root["pp"].size()
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        self._gathered_weights = {id(module._parameters) for module in model.modules()} if sharded else set()
         self._fresh = self._pp > 1  # backwards are still to come when the next micro-batch begins
+        self._written = WrittenWeights(model)
         self._kinds: dict[str, str] = {}
         self._followed: list[Slot] = []
         self._partial: dict[str, int] = {}  # states that some stages move and others do not -> a stage that does
@@ -82,11 +88,11 @@ class ForwardState:
 
     # ------------------------------------------------------------------ a step
 
-    def begin(self, units: int, size: int) -> None:
+    def begin(self, units: int, size: int | None = None) -> None:
         """Before the forwards of a step of so many micro-batches of a global batch of `size` samples."""
         self._step = None
         before, self._size = self._size, size
-        if self._ranks == 1 and units == 1 and self._pp == 1:
+        if (self._ranks == 1 and units == 1 and self._pp == 1) or isinstance(self._cfg.strategy, Foreign):
             return
         probing = self._steps < _FIRST or not self._steps & (self._steps - 1)
         self._steps += 1
@@ -98,9 +104,10 @@ class ForwardState:
                 "them belong together depends on the layout; give every batch as many samples, and reset it between batches that do not follow "
                 f"each other, or write trainer.forward_state={{'{rows[0]}': local}}"
             )
+        if probing:
+            self._written.begin()
         found = self._slots() if probing else self._followed
-        copies = self._copies(found)
-        self._step = _Step(probing, units, {slot.path: (slot, Frozen(slot.get(), copies.get(slot.path, _all))) for slot in found})
+        self._step = _Step(probing, units, reach.frozen(found, self._copies(found)))
         for path, (left, _) in list(self._rows.items()):
             if path in self._step.before and self._step.before[path][0].get() is not left:  # reset by the user
                 del self._rows[path]
@@ -120,13 +127,19 @@ class ForwardState:
             if unit in rows and path in step.before:
                 step.before[path][0].put(rows[unit].thaw(fresh=self._fresh))
 
-    def after(self, unit: Unit, real: int, samples: int, loss: bool | None = None) -> None:
-        """After its forward (and backward, where one follows the other): what it moved."""
+    def after(self, unit: Unit, real: int, loss: bool | None = None) -> None:
+        """After its forward (and backward, where one follows the other): what it moved.
+
+        Args:
+            real: samples that belong to the batch.
+        """
         step = self._step
         if step is None:
             return
+        if step.probing and not loss:
+            self._written.after()
         moved = step.after.setdefault(unit, {})
-        step.weights[unit] = real, samples
+        step.weights[unit] = real
         for slot in self._slots(loss) if step.probing else self._followed:
             if not _of(slot.path, loss):
                 continue
@@ -171,49 +184,49 @@ class ForwardState:
     def preserved(self) -> Iterator[None]:
         """Give everything that model and loss keep back as it was, whatever forward does inside."""
         found = self._slots()
-        copies = self._copies(found)
-        kept = {slot.path: (slot, Frozen(slot.get(), copies.get(slot.path, _all))) for slot in found}
+        kept = reach.frozen(found, self._copies(found))
         try:
             yield
         finally:
-            _put_back(kept, self._slots(), generators=True)
+            reach.put_back(kept, self._slots(), generators=True)
 
     # ------------------------------------------------------------------ what there is
 
     def _slots(self, loss: bool | None = None) -> list[Slot]:
         found = [] if loss else reach.slots([("", self._model)])
+        if self._gathered_weights:  # now whole, now parts, whoever moves them: see `parallel/shard_uses.py`
+            found = [slot for slot in found if slot.kind != "parameter" or id(slot.store) not in self._gathered_weights]
         if loss is not False:
             found += reach.slots(self._loss, known=list(self._model.modules()))
         return found
 
-    def _copies(self, found: Sequence[Slot]) -> Mapping[str, Callable[[torch.Tensor], bool]]:
+    def _copies(self, found: Sequence[Slot]) -> Callable[[Slot], bool]:
         """Of which slots tensors are copied, so that they can be put back: all but large ones that nobody named."""
         weights = sum(_bytes(tensor) for slot in found if slot.kind == "parameter" for tensor in reach.tensors(slot.get()))
         rest = sum(_bytes(tensor) for slot in found if slot.kind != "parameter" for tensor in reach.tensors(slot.get()))
         over = {"parameter": weights > _WEIGHTS, "other": rest > _COPIED}
-        return {
-            slot.path: _none
-            for slot in found
-            if over["parameter" if slot.kind == "parameter" else "other"] and not reach.matches(slot.path, self._rules)
-        }
+        return lambda slot: not over["parameter" if slot.kind == "parameter" else "other"] or bool(reach.matches(slot.path, self._rules))
 
     def _restore(self, step: _Step, loss: bool | None) -> None:
         kept = {path: pair for path, pair in step.before.items() if _of(path, loss)}
-        _put_back(kept, self._slots(loss) if step.probing else (), fresh=self._fresh)
+        reach.put_back(kept, self._slots(loss) if step.probing else (), fresh=self._fresh)
 
     # ------------------------------------------------------------------ what it is
 
     def _gathered(self, step: _Step, paths: set[str]) -> list[tuple[int, dict[str, _Fact]]]:
         """(stage, what moved) of every rank; nothing where nothing moved anywhere."""
-        if dist.get_world_size() == 1:
-            return [(0, {path: self._fact(step, path) for path in paths})] if paths else []
-        flag = torch.tensor([float(bool(paths))], device=self._device)
-        dist.all_reduce(flag)
+        written = self._written.end()
+        flag = torch.tensor([float(bool(paths or written))], device=self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag)
         if not float(flag):
             return []
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (self._mesh.root["pp"].get_local_rank(), {path: self._fact(step, path) for path in sorted(paths)}))
-        return told
+        here = self._mesh.root["pp"].get_local_rank(), {path: self._fact(step, path) for path in sorted(paths)}, written
+        told: list[Any] = [here] * dist.get_world_size()
+        if len(told) > 1:
+            dist.all_gather_object(told, here)
+        written_weights.refuse([each for _, _, each in told])
+        return [(stage, facts) for stage, facts, _ in told] if any(facts for _, facts, _ in told) else []
 
     def _fact(self, step: _Step, path: str) -> _Fact:
         slot, had = step.before.get(path, (None, Frozen(ABSENT)))
@@ -223,7 +236,7 @@ class ForwardState:
                 slot, now = moved[path]
                 value = now.value()
                 digests.append(reach.digest(value))
-                rows = rows and _is_rows(value, had.value(), step.weights[unit][1])
+                rows = rows and _is_rows(value, had.value(), step.weights[unit] or 1)
             elif self._pp == 1 or path in self._kinds:
                 digests.append(reach.digest(had.value()) if self._pp == 1 else "")
         assert slot is not None
@@ -269,7 +282,7 @@ class ForwardState:
         first = next(iter(step.after.values()), {})
 
         def run(moved: Sequence[str]) -> tuple[float, dict[str, str]]:
-            _put_back(step.before, self._slots(), generators=True)
+            reach.put_back(step.before, self._slots(), generators=True)
             for path in moved:
                 if path in first:
                     slot, value = first[path]
@@ -286,7 +299,7 @@ class ForwardState:
             _, read = self._agreed([False, *(self._differ(total, run([path])[0]) for path in unresolved)])
             if not any(read):  # together only
                 read = moves
-        _put_back(step.before, self._slots(), generators=True)
+        reach.put_back(step.before, self._slots(), generators=True)
         self._judge(dict(zip(unresolved, zip(read, moves, strict=True), strict=True)), facts)
 
     def _differ(self, a: float, b: float) -> bool:
@@ -352,7 +365,7 @@ class ForwardState:
     def _finish(self, step: _Step, paths: set[str], restored: bool) -> None:
         everyone = sorted(paths | {path for path, kind in self._kinds.items() if kind in ("mean", "sum", "rank0")} | set(self._partial))
         if restored:
-            _put_back(step.before, self._slots() if step.probing else ())
+            reach.put_back(step.before, self._slots() if step.probing else ())
         for path in everyone:
             kind = self._kinds.get(path, "local")
             moved = {unit: pairs[path] for unit, pairs in step.after.items() if path in pairs}
@@ -366,8 +379,13 @@ class ForwardState:
             elif kind == "rank0":
                 value = self._from(0, self._mesh.weights.get_group(), next(iter(moved.values()), (slot, had))[1].value())
             else:
+                added = kind == "local" and len(moved) > 1
+                if not (restored or added or path in self._partial):
+                    if kind == "rows" and step.units > 1:
+                        self._rows[path] = slot.get(), {unit: frozen for unit, (_, frozen) in moved.items()}
+                    continue  # it is what the last left
                 value = last.thaw()
-                if kind == "local" and len(moved) > 1:
+                if added:
                     value = _added(had.value(), [frozen.value() for _, frozen in moved.values()], value)
             if path in self._partial:
                 value = self._from(self._partial[path], self._mesh.root["pp"].get_group(), value)
@@ -388,12 +406,14 @@ class ForwardState:
         leaves, spec = tree_flatten(start)
         stage = min((unit[0] for unit in moved if isinstance(unit, tuple)), default=None)  # another of this rank's would count it again
         units = [unit for unit in step.weights if stage is None or (isinstance(unit, tuple) and unit[0] == stage)]
-        parts = [(step.weights[unit][0], tree_flatten(moved[unit][1].value())[0] if unit in moved else leaves) for unit in units]
+        parts = [(step.weights[unit], tree_flatten(moved[unit][1].value())[0] if unit in moved else leaves) for unit in units]
         weight = self._summed(float(sum(real for real, _ in parts)))
         results = []
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, int | float | torch.Tensor) or any(_shape(part[index]) != _shape(leaf) for _, part in parts):
-                raise UserError(f"trainer.forward_state={{'{path}': {kind}}}: {path} is no number or tensor of one shape; write rank0 or local")
+                raise UserError(
+                    f"trainer.forward_state={{'{path}': {kind}}}: {path} is no number or tensor of one shape; write rank0 or local"
+                )
             wide = (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, device=self._device)).to(torch.float64)
             if kind == "sum":
                 change = sum((_wide(part[index], wide) - wide for _, part in parts), torch.zeros_like(wide))
@@ -424,14 +444,6 @@ _CHOICES = (
 )
 
 
-def _all(tensor: torch.Tensor) -> bool:
-    return True
-
-
-def _none(tensor: torch.Tensor) -> bool:
-    return False
-
-
 def _of_a_block(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
@@ -440,21 +452,16 @@ def _of(path: str, loss: bool | None) -> bool:
     return loss is None or path.startswith("loss.") is loss
 
 
-def _put_back(kept: Mapping[str, tuple[Slot, Frozen]], now: Sequence[Slot], fresh: bool = False, generators: bool = False) -> None:
-    stores = {id(slot.store) for slot, _ in kept.values()}
-    for slot in now:
-        if slot.path not in kept and id(slot.store) in stores:
-            slot.put(ABSENT)
-    for slot, frozen in kept.values():
-        value = slot.get()
-        if generators or not frozen.same(value) or value is not frozen.object:
-            slot.put(frozen.thaw(fresh, generators))
-
-
 def _settle(slot: Slot, had: Frozen, value: Any) -> None:
-    """`value` in a slot: in the tensor that was there, which others may refer to."""
+    """`value` in a slot: of a buffer or weight in the tensor that was there, which others may refer to."""
     old = had.object
-    if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor) and old.shape == value.shape and old.dtype == value.dtype:
+    if (
+        slot.kind in ("buffer", "parameter")
+        and isinstance(value, torch.Tensor)
+        and isinstance(old, torch.Tensor)
+        and old.shape == value.shape
+        and old.dtype == value.dtype
+    ):
         if old is not value:
             with torch.no_grad():
                 old.copy_(value)
@@ -490,4 +497,3 @@ def _shape(leaf: Any) -> Any:
 
 def _wide(leaf: Any, like: torch.Tensor) -> torch.Tensor:
     return (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf)).to(like)
-

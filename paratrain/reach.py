@@ -11,7 +11,7 @@ import hashlib
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -90,7 +90,11 @@ def slots(roots: Sequence[tuple[str, Any]], known: Sequence[Any] = (), trained: 
         if id(owner) in seen:
             continue
         if isinstance(owner, nn.Module):
-            modules = [(name, module) for name, module in owner.named_modules(prefix=path) if id(module) not in seen]
+            modules = [
+                (name, module)
+                for name, module in owner.named_modules(prefix=path)
+                if id(module) not in seen and not isinstance(module, torch.jit.ScriptModule)  # nobody can look into those
+            ]
             seen.update(id(module) for _, module in modules)
             made = [slot for name, module in modules for slot in _module_slots(name, module, trained)]
             queue.extend(pair for name, module in modules for pair in _functions(name, module))
@@ -259,10 +263,10 @@ class Frozen:
     """The value of a slot as it is now, which can be told from a later one, and put back.
 
     Args:
-        copies: whether a tensor is to be copied; of one that is not, only whether it was written to is known.
+        copies: whether tensors are to be copied; of those that are not, only whether they were written to is known.
     """
 
-    def __init__(self, value: Any, copies: Callable[[torch.Tensor], bool] = lambda tensor: True):
+    def __init__(self, value: Any, copies: bool = True):
         self._copies = copies
         self._seen: set[int] = set()
         self._tree = self._freeze(value, 0)
@@ -273,7 +277,7 @@ class Frozen:
         if isinstance(value, torch.Tensor):
             if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer) or value.is_inference() or value.is_meta:
                 return "opaque", value, None
-            copy = value.detach().clone() if self._copies(value) else None
+            copy = value.detach().clone() if self._copies else None
             return "tensor", value, (value._version, copy)
         if isinstance(value, np.ndarray):
             return "array", value, value.copy()
@@ -425,6 +429,31 @@ def _copy(tree: tuple[str, Any, Any]) -> Any:
         vars(new).update({key: _copy(part) for key, part in content.items()})
         return new
     return old
+
+
+def frozen(found: Sequence[Slot], copies: Callable[[Slot], bool] = lambda slot: True) -> dict[str, tuple[Slot, Frozen]]:
+    """Path -> the slot, and its value as it is now.
+
+    Args:
+        copies: whether the tensors of a slot are to be copied.
+    """
+    return {slot.path: (slot, Frozen(slot.get(), copies(slot))) for slot in found}
+
+
+def put_back(kept: Mapping[str, tuple[Slot, Frozen]], now: Sequence[Slot], fresh: bool = False, generators: bool = False) -> None:
+    """Put what `frozen` kept back, and take away what is in the same places now and was not there.
+
+    Args:
+        now: the slots that there are now.
+    """
+    stores = {id(slot.store) for slot, _ in kept.values()}
+    for slot in now:
+        if slot.path not in kept and id(slot.store) in stores:
+            slot.put(ABSENT)
+    for slot, was in kept.values():
+        value = slot.get()
+        if generators or not was.same(value) or value is not was.object:
+            slot.put(was.thaw(fresh, generators))
 
 
 def digest(value: Any) -> str:

@@ -251,9 +251,9 @@ class Pipeline:
             self.model.set_reshard_after_backward(True)
             finish_backward(self.model)
 
-    def evaluate(self, calls: Calls, around: Around, finish: Callable[[int, Any], None]) -> None:
-        """Forward alone, without gradients."""
-        with torch.no_grad():
+    def evaluate(self, calls: Calls, around: Around, finish: Callable[[int, Any], None], gradients: bool = False) -> None:
+        """Forward alone; without gradients, or as one that a backward could follow."""
+        with torch.set_grad_enabled(gradients):
             self._pass(calls, around, finish, self.planned.forwards(len(calls)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

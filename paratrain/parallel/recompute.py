@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from paratrain import reach
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.parallel.activations import Budget, measure
@@ -22,6 +23,7 @@ from paratrain.parallel.arguments import can_change, copied
 
 log = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
+_LOOKED_AT = 6  # forwards of a block in which everything that it keeps is looked at
 _EXPENSIVE = {  # compute grows faster than the result: keep these, recompute the rest (Korthikanti et al., 2022, section 5)
     _ATEN.mm.default,
     _ATEN.addmm.default,
@@ -63,7 +65,12 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], model: nn.Module, cfg: Config
             )
         kind = type(block), bool(updated)
         if kind not in made:
-            options = {"_selective": cfg.memory.recompute == "selective", "_updates_buffers": bool(updated), "_budget": budget}
+            options = {
+                "_selective": cfg.memory.recompute == "selective",
+                "_updates_buffers": bool(updated),
+                "_follows": cfg.compile is False,
+                "_budget": budget,
+            }
             made[kind] = type(f"Recomputed{kind[0].__name__}", (_Recomputed, kind[0]), options)
         block.__class__ = made[kind]
         block.__dict__["_block_name"] = name
@@ -82,6 +89,7 @@ def _refuse_nested(blocks: Sequence[tuple[str, nn.Module]]) -> None:
 class _Recomputed(nn.Module):
     _selective: bool
     _updates_buffers: bool
+    _follows: bool  # what else forward moves, which compiled code does not let us do
     _budget: Budget | None
     _block_name: str
 
@@ -97,11 +105,13 @@ class _Recomputed(nn.Module):
                 return run(*args)
         if any(map(can_change, (*args, *kwargs.values()))):
             run, args = _with_own_containers(super().forward, args, kwargs), ()
-        if not (self._selective or self._updates_buffers):
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
         contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)
         if self._updates_buffers:
             contexts = partial(_with_scratch_buffers, self, contexts)
+        if self._follows and (state := self.__dict__.setdefault("_block_state", BlockState(self))).looks():
+            contexts = partial(state.contexts, contexts)
+        elif not (self._selective or self._updates_buffers):
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
@@ -120,6 +130,58 @@ def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[
 def _with_scratch_buffers(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     forward, again = contexts()
     return forward, scratch_buffers(block, again)
+
+
+class BlockState:
+    """What the forward of a block moves beside the statistics of its norms: the second forward begins from what the first began from, and
+    moves nothing.
+
+    Looked for in the first forwards, and in those whose number is a power of two.
+    """
+
+    def __init__(self, block: nn.Module):
+        self._block = block
+        self._forwards = 0
+        self._moves = False
+
+    def looks(self) -> bool:
+        """Whether the forward to come is to be followed."""
+        self._forwards += 1
+        return self._moves or self._forwards <= _LOOKED_AT or not self._forwards & (self._forwards - 1)
+
+    def contexts(self, inner: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Contexts of the first and of the second forward."""
+        forward, again = inner()
+        kept: dict[str, tuple[reach.Slot, reach.Frozen]] = {}
+        return self._first(forward, kept), self._second(again, kept)
+
+    def _slots(self) -> list[reach.Slot]:
+        return [slot for slot in reach.slots([("", self._block)]) if slot.kind != "parameter"]  # sharding exchanges those
+
+    @contextmanager
+    def _first(self, inner: Any, kept: dict[str, tuple[reach.Slot, reach.Frozen]]) -> Iterator[None]:
+        kept.update(reach.frozen(self._slots()))
+        with inner:
+            yield
+        moved = {slot.path for slot in self._slots() if slot.path not in kept or not kept[slot.path][1].same(slot.get())}
+        self._moves = self._moves or bool(moved)
+        if not moved:
+            kept.clear()
+
+    @contextmanager
+    def _second(self, inner: Any, kept: dict[str, tuple[reach.Slot, reach.Frozen]]) -> Iterator[None]:
+        if not kept:
+            with inner:
+                yield
+            return
+        found = self._slots()
+        left = reach.frozen(found)
+        reach.put_back(kept, found, fresh=True)
+        try:
+            with inner:
+                yield
+        finally:
+            reach.put_back(left, self._slots())
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
