@@ -102,7 +102,7 @@ class ForwardState:
             raise UserError(
                 f"model: {rows[0]} holds something for each sample of the batch before, which had {before} samples, and this one has {size}; which of "
                 "them belong together depends on the layout; give every batch as many samples, and reset it between batches that do not follow "
-                f"each other, or write trainer.forward_state={{'{rows[0]}': local}}"
+                f"each other, or write trainer.forward_state={{{rows[0]}: local}}"
             )
         if probing:
             self._written.begin()
@@ -255,19 +255,19 @@ class ForwardState:
                 self._kinds[path] = self._rules[asked]
                 if self._rules[asked] in ("mean", "sum") and not all(fact.present for fact in held):
                     raise UserError(
-                        f"trainer.forward_state={{'{asked}': {self._rules[asked]}}}: {path} is not there before the first forward; give it its first "
+                        f"trainer.forward_state={{{asked}: {self._rules[asked]}}}: {path} is not there before the first forward; give it its first "
                         "value in the constructor"
                     )
                 if self._rules[asked] == "step" and not equal:
                     raise UserError(
-                        f"trainer.forward_state={{'{asked}': step}}: {path} does not end a step with the same value on every rank and micro-batch: it "
+                        f"trainer.forward_state={{{asked}: step}}: {path} does not end a step with the same value on every rank and micro-batch: it "
                         f"hangs on the samples; write {_CHOICES}"
                     )
             elif equal:
                 if not all(fact.complete for fact in held):
                     raise UserError(
                         f"model: forward moves {path}, which is too large to be copied unasked, so each micro-batch would move it again; write "
-                        f"trainer.forward_state={{'{path}': step}}, or move it once a step, after engine.train_step"
+                        f"trainer.forward_state={{{path}: step}}, or move it once a step, after engine.train_step"
                     )
                 self._kinds.setdefault(path, "step")
             elif self._kinds.get(path) not in ("local", "rows"):
@@ -341,7 +341,7 @@ class ForwardState:
                 if moves:
                     log.warning(
                         "model: forward adds up %s over what this rank sees; the loss does not hang on it, so it is left to each rank "
-                        "(trainer.forward_state={'%s': sum} adds it up over all)",
+                        "(trainer.forward_state={%s: sum} adds it up over all)",
                         path,
                         path,
                     )
@@ -349,7 +349,7 @@ class ForwardState:
             raise UserError(
                 f"{'loss' if refused[0].startswith('loss.') else 'model'}: forward moves {', '.join(refused[:5])} by the samples that it sees, and under "
                 f"{self._layout()} these are not those of the whole batch, so the loss would depend on the layout; write "
-                f"trainer.forward_state={{'{refused[0]}': mean}}, or one of {_CHOICES}. What forward reads after it moved it is exact with one "
+                f"trainer.forward_state={{{refused[0]}: mean}}, or one of {_CHOICES}. What forward reads after it moved it is exact with one "
                 "process alone: read first, then move"
             )
 
@@ -412,7 +412,7 @@ class ForwardState:
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, int | float | torch.Tensor) or any(_shape(part[index]) != _shape(leaf) for _, part in parts):
                 raise UserError(
-                    f"trainer.forward_state={{'{path}': {kind}}}: {path} is no number or tensor of one shape; write rank0 or local"
+                    f"trainer.forward_state={{{path}: {kind}}}: {path} is no number or tensor of one shape; write rank0 or local"
                 )
             wide = (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, device=self._device)).to(torch.float64)
             if kind == "sum":

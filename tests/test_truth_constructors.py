@@ -154,7 +154,7 @@ def test_what_ranks_may_have_of_their_own():
         model.is_main, model.directory, model.factor = model.rank == 0, f"/tmp/{model.rank}", float(np.random.default_rng().random())
         return model
 
-    assert_exact(named, rows(), square, "ddp", more=("+trainer.forward_state={factor: local}",))
+    assert_exact(named, rows(), square, "ddp", more=("trainer.forward_state={factor: local}",))
 
 
 def test_a_constructor_that_fails_on_one_rank_is_named_on_the_others():

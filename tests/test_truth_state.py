@@ -140,7 +140,7 @@ class Averaged(nn.Module):
         return total / self.average, count
 
 
-LOCAL = ("+trainer.forward_state={centre: mean, samples: sum}",)
+LOCAL = ("trainer.forward_state={centre: mean, samples: sum}",)
 
 
 def test_counters_are_moved_once_a_step():
@@ -154,11 +154,11 @@ def test_recomputation_moves_nothing():
 
 def test_states_of_samples_stay_with_their_micro_batches():
     assert_exact(Carried, rows(SIZES), square, "ddp", "ddpm")
-    assert_refused(Carried, rows((8, 6)), square, "ddp", says="forward_state={'state': local}")
+    assert_refused(Carried, rows((8, 6)), square, "ddp", says="forward_state={state: local}")
 
 
 def test_statistics_of_samples_are_refused_or_averaged():
-    assert_refused(Centred, rows(SIZES), square, "ddp", "fsdpm", says="trainer.forward_state={'centre': mean}")
+    assert_refused(Centred, rows(SIZES), square, "ddp", "fsdpm", says="trainer.forward_state={centre: mean}")
     assert_exact(Centred, rows((8, 7)), square, "ddpm", "fsdp", more=LOCAL)
 
 

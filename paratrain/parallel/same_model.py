@@ -87,7 +87,7 @@ def refuse(found: list[str]) -> None:
         raise UserError(
             f"model: rank {rank} built another model than rank 0: {text}; build the same on every rank: draw from the global generators of torch, "
             "numpy or random, which are seeded alike, do not ask for the rank, and register tensors with register_buffer, which then come from "
-            "rank 0. What ranks may have of their own, say so: trainer.forward_state={'<name>': local}"
+            "rank 0. What ranks may have of their own, say so: trainer.forward_state={NAME: local}"
         )
 
 
