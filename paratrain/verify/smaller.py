@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,12 +213,16 @@ def elements_of(model: nn.Module) -> int:
 
 
 def available_memory() -> float:
-    """Bytes that this host could give."""
+    """Bytes that this host, or the container it runs in, could give."""
+    found = [8.0 * 2**30]
     try:
         with open("/proc/meminfo") as file:
-            return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8.0 * 2**30
+            found = [1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [float(limit) - float(used)] if limit != "max" else []
+    except (OSError, StopIteration, ValueError):
+        pass
+    return max(min(found), 0.0)
 
 
 def build_on_meta(model_fn: Callable[[], nn.Module]) -> nn.Module:

@@ -80,6 +80,15 @@ def means(e: Evidence) -> Iterator[Explanation]:
             guess = total([scaled(p.grad, 1 / sum(q.count for q in group) / len(members)) for group in members for p in group])
         else:
             continue
+        if e.equals(guess) and len({sum(p.count for p in group) for group in members}) == 1:
+            yield Explanation(
+                "own samples",
+                f"each of the {words} has computed it from its own samples alone, as many as the others: on one process the loss of a sample depends on "
+                "the rest of the batch",
+                "a loss that compares samples with each other, such as a contrastive one",
+                "loss: gather what it compares from all ranks (a differentiable all_gather), with data.micro_batch_size=null",
+            )
+            return
         if e.equals(guess):
             yield Explanation(
                 "mean of means",

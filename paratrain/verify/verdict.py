@@ -43,6 +43,14 @@ class Verdict:
     lasting: bool = False
     report: Report | None = dataclasses.field(default=None, repr=False)
 
+    @property
+    def ok(self) -> bool:
+        """Whether the layout is proven."""
+        return self.status == "proven"
+
+    def __str__(self) -> str:
+        return self.line
+
     def record(self) -> dict[str, Any]:
         """Plain data for checkpoints and records of runs."""
         return {"status": self.status, "line": self.line, "left_out": list(self.left_out), "cpu_seconds": round(self.seconds, 1)}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -97,12 +96,12 @@ class ListArgument(Inner):
 
 
 class Drawn(Inner):
-    """A constructor draws after a part that was built on meta; sown, it draws what comes first."""
+    """A constructor draws a tensor that is no parameter; sown, the generator is elsewhere, because parts of the model were built on meta."""
 
     def __init__(self, sown: bool) -> None:
         super().__init__(sown)
-        if sown and dist.get_rank() > 0:
-            torch.manual_seed(torch.initial_seed())
+        if sown:
+            torch.randn(3)
         self.shift = torch.randn(8)  # neither a parameter nor a buffer
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +177,7 @@ class Codebook(Inner):
         self.register_buffer("used", torch.ones(8))
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.tanh(x) / self.used
+        y = torch.tanh(x) / self.used.clone()
         self.used += F.one_hot(x.detach().argmax(-1), 8).sum(0)
         return y
 
