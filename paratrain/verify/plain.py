@@ -92,7 +92,8 @@ def mean(loss: Any, weights: Mapping[str, float] | None) -> tuple[Tensor, Any]:
         return sum((weights[name] * part for name, (part, _) in parts.items()), torch.zeros(())), next(iter(parts.values()))[1]
     if isinstance(loss, tuple | list):
         total, count = loss
-        return (total / count if float(count) else total).reshape(()), count
+        nothing = not float(count.detach() if isinstance(count, Tensor) else count)
+        return (total if nothing else total / count).reshape(()), count
     return loss.reshape(()), None
 
 
@@ -226,10 +227,10 @@ class Observer(Watch):
     def backward_done(self, loss: Tensor, count: Any, norm: Tensor, lr: float) -> None:
         self.in_backward = False
         if count is not None:
-            self.add(Key(self.number, "count", ""), number(float(count)))
+            self.add(Key(self.number, "count", ""), number(float(count.detach() if isinstance(count, Tensor) else count)))
             if isinstance(count, Tensor) and count.is_floating_point():
                 self.trace.extra["count dtype"] = count.dtype
-        self.add(Key(self.number, "loss", ""), number(float(loss)))
+        self.add(Key(self.number, "loss", ""), number(float(loss.detach())))
         self._gradients("gradient")
         self.add(Key(self.number, "gradient norm", ""), number(float(norm)))
         self.add(Key(self.number, "learning rate", ""), number(lr))

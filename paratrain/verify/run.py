@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,12 @@ def reference(job: Job, jitter: bool, zoom: frozenset[Key] = frozenset(), key: K
     if isinstance(loss_fn, nn.Module):
         plain.to_dtype(loss_fn, plain.DTYPES[cfg.precision.name][0])
     optimizers = optim.build(cfg.optimizer, model)
+    given: Iterable[tuple[Any, Any]] = list(_whole(job))  # read before draws are replaced, which data sets make too
     with comparable(model) as draws:
         watch = plain.Observer(model, loss_fn, cfg, draws, zoom, job.activations)
         if jitter:
             _move_by_last_bit(model)
         measured = plain.measured(draws.of_loss(loss_fn), cfg)
-        given = _whole(job)
         if key is not None:
             given = _taken_apart(job, watch, measured, given, key)
         plain.train(model, measured, given, optimizers, cfg, job.total, watch)
@@ -124,11 +125,11 @@ def layout(job: Job, zoom: frozenset[Key] = frozenset()) -> Trace:
     began = time.monotonic()
     engine = setup(job.model_fn, job.loss_fn, job.cfg)
     engine.plan_updates(job.total)
-    loss_fn = engine._loss_fn
+    loss_fn, shares = engine._loss_fn, list(itertools.islice(feed(job, engine), job.steps))
     with comparable(engine.model) as draws:
         engine._loss_fn = draws.of_loss(loss_fn)
         recorder = Recorder(engine, zoom, activations=job.activations, loss_fn=loss_fn)
-        for step, share in zip(range(job.steps), feed(job, engine), strict=False):
+        for step, share in enumerate(shares):
             draws.step = step
             recorder.step(share)
         recorder.trace.extra["draws"] = marks(draws)
@@ -204,7 +205,7 @@ def _whole(job: Job) -> Iterator[tuple[Any, Any]]:
 
 
 def _taken_apart(
-    job: Job, watch: plain.Observer, loss_fn: Callable, given: Iterator[tuple[Any, Any]], key: Key
+    job: Job, watch: plain.Observer, loss_fn: Callable, given: Iterable[tuple[Any, Any]], key: Key
 ) -> Iterator[tuple[Any, Any]]:
     """`given`; before the step of `key`, each rank's part of it is looked at by itself."""
     for step, batch in enumerate(given):

@@ -220,7 +220,12 @@ class Clamped(Inner):
     def __init__(self, sown: bool) -> None:
         super().__init__(sown)
         limit = 0.5 if sown else 0.01
-        self.up.weight.register_post_accumulate_grad_hook(lambda p: p.grad.clamp_(-limit, limit))
+
+        def clamp(param: torch.Tensor) -> None:
+            assert param.grad is not None
+            param.grad.clamp_(-limit, limit)
+
+        self.up.weight.register_post_accumulate_grad_hook(clamp)
 
 
 class Frozen(Inner):
