@@ -120,6 +120,31 @@ def loss_fn(cfg: Config) -> Callable[[Any, Any], Any]:
     return partial(found, **_arguments(cfg.loss, "loss"))
 
 
+def record(configured: dict[str, Any], model_fn: Any, model: Any, loss: Any, train_data: Any, eval_data: Any) -> dict[str, Any]:
+    """The configuration as it is recorded: where Python gave a model, a loss or data, their classes stand for what would have been built."""
+    from paratrain.compat import own_class
+
+    given = dict(configured)
+    if not (isinstance(model_fn, partial) and model_fn.func is instantiate):
+        given["model"] = {"_target_": _named(own_class(model))}
+    if _named(loss) != (configured.get("loss") or {}).get("_target_"):
+        given["loss"] = {"_target_": _named(loss)}
+    own = configured["data"].get("source") == "custom" and (configured["data"].get("train") or {}).get("_target_") == _named(train_data)
+    if not own and not type(train_data).__module__.startswith("paratrain."):
+        kept = {name: configured["data"][name] for name in ("global_batch", "micro_batch_size", "shuffle", "workers")}
+        sets = {"train": train_data} if eval_data is None else {"train": train_data, "eval": eval_data}
+        given["data"] = {"source": "python", **{name: {"_target_": _named(part)} for name, part in sets.items()}, **kept}
+    return given
+
+
+def _named(thing: Any) -> str:
+    """The dotted path of a function, or of the class of an object."""
+    while isinstance(thing, partial):
+        thing = thing.func
+    found = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{found.__module__}.{found.__qualname__}"
+
+
 def callbacks(cfg: Config) -> list[Any]:
     """The callbacks of `cfg`, in its order."""
     return [instantiate(target, f"callbacks.{name}") for name, target in cfg.callbacks.items()]

@@ -78,14 +78,21 @@ class SampleText(Callback):
 
     def __init__(self, prompt: str = "def ", tokens: int = 200, temperature: float = 0.8):
         self.prompt, self.tokens, self.temperature = prompt, tokens, temperature
+        self.tokenizer: Any = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Say at the start what could not be done at the end."""
+        from paratrain import data
+
+        self.tokenizer = data.tokenizer(trainer.cfg.data)
+        if self.tokenizer is None:
+            raise UserError(f"callbacks: SampleText needs text, but data.source={trainer.cfg.data.source} has no tokenizer; leave it out")
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        from paratrain import data
         from paratrain.models.gpt import generate
 
-        tokenizer = data.tokenizer(trainer.cfg.data)
-        if tokenizer is None:
-            raise UserError(f"callbacks: SampleText needs text, but data.source={trainer.cfg.data.source} has no tokenizer; leave it out")
+        tokenizer = self.tokenizer
+        assert tokenizer is not None, "on_fit_start comes first"
         device = trainer.engine.device
         start = torch.tensor([tokenizer.encode(self.prompt)], device=device)
         generator = torch.Generator(device).manual_seed(trainer.cfg.seed)

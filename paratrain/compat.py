@@ -532,3 +532,20 @@ def collective(func: Any, args: Sequence[Any], result: Any) -> tuple[str, list[t
         return operation, data, dist.ProcessGroup.unbox(named["process_group"])
     name = named["group_name"]
     return operation, data, _resolve_process_group(cast(Any, name)) if isinstance(name, str) else name
+
+
+def collectives_started(but: Sequence[dist.ProcessGroup] = ()) -> int:
+    """How many collectives this process has started in all its groups, those of `but` left out."""
+    known: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in known if group not in but)
+
+
+def own_class(module: torch.nn.Module) -> type:
+    """The class that a module had before `fully_shard` and others replaced it by one that they derived from it."""
+
+    def is_made(cls: type) -> bool:
+        return cls.__module__.startswith(("torch.distributed.", "paratrain.parallel.")) or (
+            "FSDP" in cls.__name__ and any(base.__module__.startswith("torch.distributed.") for base in cls.__bases__)
+        )
+
+    return next(cls for cls in type(module).__mro__ if not is_made(cls))

@@ -23,6 +23,7 @@ import torch
 
 from paratrain import checkpoint
 from paratrain.checkpoint import CheckpointError
+from paratrain.compat import own_class
 from paratrain.distributed import rank
 from paratrain.errors import UserError
 from paratrain.optim import ema
@@ -132,7 +133,7 @@ def _hf_config(model: Any) -> dict[str, Any] | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None
-    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
+    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [own_class(model).__name__]}
 
 
 def _is_number(value: Any) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from paratrain import build, checkpoint, data, distributed, notes, resume, when
 from paratrain import callbacks as events
-from paratrain import checkpoint, data, distributed, notes, resume, when
 from paratrain.agreement import FIT, agreed
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
@@ -77,6 +77,9 @@ class Trainer:
         self.callbacks = events.checked(callbacks)
         self.train_data = data.map_style(train_data, "train_data")
         self.eval_data = data.map_style(eval_data, "eval_data") if eval_data is not None else None
+        for key, value in (("trainer.eval_every", cfg.trainer.eval_every), ("checkpoint.best", cfg.checkpoint.best)):
+            if value is not None and eval_data is None:
+                raise UserError(f"{key}={value} without evaluation data; pass eval_data, or leave {key} out")
         self.order = data.Order(len(self.train_data), cfg.data.global_batch, cfg.seed, cfg.data.shuffle)
         self.engine: Engine = setup(model_fn, loss_fn, cfg)
         self.agreement = self.engine.agreement
@@ -85,6 +88,7 @@ class Trainer:
         distributed.refuse_unless_shared(self.output_dir)
         self.interrupted = False
         self.proof = verdict.Verdict("running", "not proven yet")
+        self._record = build.record(to_dict(cfg), model_fn, self.engine.model, loss_fn, self.train_data, self.eval_data)
         self._made = made
         self._seconds = 0.0  # of training, by rank 0's clock, over all restarts
         self._asked = signals.Asked()
@@ -95,6 +99,7 @@ class Trainer:
         self._logged: int | None = None  # steps of the last log line and of the newest checkpoint
         self._saved: int | None = None
         self._evaluated: tuple[int | None, dict[str, float]] = (None, {})
+        self._last: dict[str, float] = {}  # metrics that `fit` returned, or would return here
         self._best: float | None = None
 
     # ------------------------------------------------------------------ the loop
@@ -118,11 +123,11 @@ class Trainer:
         began = since_process_start() if distributed.launched() else time.monotonic() - self._made
         self.goodput = Goodput(self.output_dir / "goodput.json" if engine.is_main_process else None, began)
         self.saver = Saver(engine, self.checkpoint_dir, cfg.checkpoint)
+        engine.plan_updates(last)
         resumed = self._resume()
         distributed.on_main(lambda: restarts.note_attempt(self.output_dir, engine.global_step, cfg.trainer.max_stuck_restarts))
-        engine.plan_updates(last)
         outputs = sinks.build(cfg.logger, self.output_dir, resume=resumed)
-        info = sinks.run_info(to_dict(cfg), self.output_dir, distributed.world_size(), engine.global_step, last)
+        info = sinks.run_info(self._record, self.output_dir, distributed.world_size(), engine.global_step, last)
         exit_code = 1
         try:
             for sink in outputs:
@@ -160,7 +165,7 @@ class Trainer:
             lambda: checkpoint.latest(self.checkpoint_dir)
         ):
             self._save()  # something to go back to
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = dict(self._last)  # of a run that is over
         result = previous = None
         began = time.monotonic() - self._seconds
         batches = self._batches(meter, last)
@@ -320,6 +325,7 @@ class Trainer:
         self.goodput.write()
         self._logged = engine.global_step
         self._emit("on_log", metrics)
+        self._last = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         for sink in outputs:
             sink.log(engine.global_step, metrics)
         return metrics
@@ -370,6 +376,7 @@ class Trainer:
         for sink in outputs:
             sink.log(step, {"tokens": self.engine.tokens, **metrics})
         self._evaluated = step, metrics
+        self._last = {**self._last, **{name: value for name, value in metrics.items() if isinstance(value, int | float)}}
         if options.best is not None:
             if options.best not in metrics:
                 raise UserError(f"checkpoint.best={options.best}: no evaluation has it (there are: {', '.join(metrics)})")
@@ -398,6 +405,7 @@ class Trainer:
                 "callbacks": callbacks,
                 "metrics": self._evaluated[1] if self._evaluated[0] == step else {},
                 "best": self._best,
+                "last": self._last,
                 "left_out": sorted(self._left_out),
                 "spike": self._spikes.state_dict(),
                 "goodput": self.goodput.state(),
@@ -454,6 +462,7 @@ class Trainer:
                 )
         self._seconds = extra["seconds"]
         self._best = extra.get("best")
+        self._last = dict(extra.get("last") or {})
         self._left_out |= set(extra["left_out"])
         self._spikes.load_state_dict(extra["spike"])
         self._saved = self.engine.global_step if path.parent == self.checkpoint_dir else None

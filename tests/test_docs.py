@@ -96,6 +96,29 @@ def test_command(page, command, monkeypatch):
     pt.load_config([text for text in first if not text.startswith("hydra.")], name, directory)
 
 
+TRAINING = [
+    pytest.param(page, command, id=f"{page}-{command[:60]}", marks=[] if "data=" in command else pytest.mark.slow)
+    for page, command in COMMANDS
+    if "paratrain.train" in command and not any(word in command for word in ("--help", "sweep", " -m seed", "wandb", "resume="))
+]
+
+
+@pytest.mark.parametrize(("page", "command"), TRAINING)
+def test_training_commands_run(page, command, tmp_path):
+    """A step of each, as it is written, where the packages are installed that it names."""
+    if "tensorboard" in command:
+        pytest.importorskip("tensorboard")
+    if "bpe" in command:
+        pytest.importorskip("tokenizers")
+    words = [word for word in shlex.split(command.split(" #")[0]) if not word.startswith(("hydra.run.dir", "trainer.max_steps"))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    start = launcher if words[0] == "torchrun" else [sys.executable]
+    few = ["trainer.max_steps=1", "trainer.eval_batches=1", "checkpoint.at_end=false", "checkpoint.every=null", f"hydra.run.dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(("examples/own_conf", str(ROOT)))}
+    ended = subprocess.run([*start, *words[1:], *few], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert ended.returncode == 0, f"{page}: {command}\n{ended.stdout[-1500:]}{ended.stderr[-1500:]}"
+
+
 def test_the_first_run_is_a_real_one():
     """Every line of it is what the console prints of the logged run, and the picture is of the same log."""
     rows = [json.loads(line) for line in (ROOT / "docs/images/first_run.jsonl").read_text().splitlines()]

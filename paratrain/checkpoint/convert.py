@@ -178,6 +178,12 @@ def _write_hf(
         raise UserError(
             f"{source}: it does not tell which Hugging Face model these weights are of; name its config.json: --hf-config FILE_OR_DIRECTORY"
         )
+    adapters = [name for name in tensors if ".lora_" in name or name.startswith("base_model.model.")]
+    if adapters:
+        raise UserError(
+            f"{source}: it holds adapters ({adapters[0]}), whose names no Hugging Face model has, so that one loaded from them would have random weights; "
+            "merge them first (peft: merge_and_unload), or write --to safetensors and load them with peft.set_peft_model_state_dict"
+        )
     _write_sharded(tensors, directory, shard_bytes)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     for folder in (given, source):

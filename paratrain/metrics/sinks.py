@@ -110,6 +110,9 @@ class _Guarded:
             ) from error
 
     def log(self, step: int, metrics: Metrics) -> None:
+        """What is no number (a histogram, a text) is for W&B alone; elsewhere it would take the row with it."""
+        if self.name != "wandb":
+            metrics = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
         self._try(lambda: self.sink.log(step, metrics), f"at step {step}")
 
     def note(self, name: str, text: str) -> None:
@@ -127,6 +130,15 @@ class _Guarded:
             if not self.failed:
                 log.warning("the %s sink failed %s (%s: %s); training goes on", self.name, when, type(error).__name__, error)
             self.failed = True
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int | float):
+        return value
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 class Jsonl:

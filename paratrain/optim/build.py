@@ -139,7 +139,8 @@ def _construct(target: str, groups: list[dict[str, Any]], fused: bool | None, pr
                 )
                 return None
             cls = gathered(cls)
-        optimizer = cls(groups, **kwargs)
+        required = [name for name, given in list(accepted.items())[1:] if given.default is given.empty and name in groups[0]]
+        optimizer = cls(groups, **{name: groups[0][name] for name in required}, **kwargs)  # groups have their own, and count
         for name in sorted({name for group in groups for name in group} - optimizer.defaults.keys() - {"params", "param_names", *accepted}):
             problems.append(f"optimizer.{name}: {target} takes no such argument (it takes {', '.join(optimizer.defaults)})")
         return optimizer

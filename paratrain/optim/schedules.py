@@ -9,14 +9,23 @@ from __future__ import annotations
 import math
 
 from paratrain.config import Scheduler
+from paratrain.errors import UserError
 
 
 def factor(scheduler: Scheduler, step: int, total: int | None) -> float:
     """Factor on the peak learning rate for the update number `step`, counted from 0.
 
     Warmup takes the values 1/w, 2/w, ..., 1, so that no update is wasted on a rate of zero. `total` is the number of updates
-    in training; steps past it keep the final rate. None is accepted by the shapes that have no end.
+    in training; steps past it keep the final rate. None is accepted by the shapes that have no end, and before the first update.
+
+    Raises:
+        UserError: a schedule that decays to an end goes on without one.
     """
+    if total is None and step and scheduler.name in ("cosine", "linear", "wsd"):
+        raise UserError(
+            f"scheduler={scheduler.name} decays to the end of training, and nothing says which update that is; write scheduler.total_steps=..., "
+            "trainer.max_steps=..., or scheduler=constant"
+        )
     warmup = scheduler.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
@@ -25,7 +34,8 @@ def factor(scheduler: Scheduler, step: int, total: int | None) -> float:
         return 1.0
     if shape == "inverse_sqrt":
         return max(floor, math.sqrt(max(warmup, 1) / (step + 1)))
-    assert total is not None, "a schedule that decays to an end is configured with one (config.check)"
+    if total is None:
+        return 1.0
     if shape == "wsd":
         decay = scheduler.decay_steps if scheduler.decay_steps is not None else max(1, total // 10)
         start = max(warmup, total - decay)

@@ -369,17 +369,23 @@ def _initialisers(paths: dict[str, nn.Module], path: str) -> Iterator[Callable[[
 
 
 def _load_pretrained(model: nn.Module, path: Path, known: frozenset[str]) -> None:
-    """Read this rank's part of every tensor of the model's state from safetensors files."""
+    """Read this rank's part of every tensor of the model's state from safetensors files; adapters that are not in them stay as they are."""
     from safetensors import safe_open
 
-    where = _pretrained_files(path)
+    files = _pretrained_files(path)
+    adapters = list(getattr(model, "peft_config", ()))
+    names = {name: without_adapters(name, adapters) for name in {*model.state_dict(keep_vars=True), *known}}
+    where = {name: files[found] for name, found in names.items() if found in files}
     kept: dict[int, str] = {}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in state.items():
         if name in where:
             kept.setdefault(id(tensor), name)
-    missing = [name for name, tensor in state.items() if id(tensor) not in kept]
-    unknown = [name for name in where if name not in known]
+    missing = [
+        name for name, tensor in state.items() if id(tensor) not in kept and not any(adapter in name.split(".") for adapter in adapters)
+    ]
+    read = {names[name] for name in known}
+    unknown = [name for name in files if name not in read]
     if missing or unknown:
         hint = did_you_mean(missing[0], unknown) if missing and unknown else ""
         raise UserError(
@@ -391,15 +397,25 @@ def _load_pretrained(model: nn.Module, path: Path, known: frozenset[str]) -> Non
         tensor, file = state[name], where[name]
         if file not in opened:
             opened[file] = safe_open(file, framework="pt")
-        part = opened[file].get_slice(name)
+        part = opened[file].get_slice(names[name])
         if tuple(part.get_shape()) != tuple(tensor.shape):
             raise UserError(f"memory.pretrained={path}: {name} has shape {tuple(part.get_shape())}, the model wants {tuple(tensor.shape)}")
         if not isinstance(tensor, DTensor):
-            tensor.copy_(opened[file].get_tensor(name))
+            tensor.copy_(opened[file].get_tensor(names[name]))
             continue
         sizes, offsets = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
         if all(sizes):
             tensor.to_local().copy_(part[tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets, strict=True))])
+
+
+def without_adapters(name: str, adapters: list[str]) -> str:
+    """The name that a tensor had before `peft` put adapters around its module."""
+    if not adapters:
+        return name
+    name = name.removeprefix("base_model.model.")
+    for around in ("base_layer", "original_module", *(f"modules_to_save.{adapter}" for adapter in adapters)):
+        name = name.replace(f".{around}.", ".")
+    return name
 
 
 def _pretrained_files(path: Path) -> dict[str, Path]:
