@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from paratrain.api import setup
     from paratrain.callbacks import Callback
     from paratrain.config import Config
+    from paratrain.deal import Shared
     from paratrain.engine import Engine
     from paratrain.errors import ConfigError, UserError
-    from paratrain.loss import cross_entropy
+    from paratrain.loss import cross_entropy, huggingface_loss
     from paratrain.result import StepResult
     from paratrain.trainer import Trainer
 
@@ -29,10 +30,12 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "Engine": "engine",
+    "Shared": "deal",
     "StepResult": "result",
     "Trainer": "trainer",
     "UserError": "errors",
     "cross_entropy": "loss",
+    "huggingface_loss": "loss",
     "load_config": "_hydra",
     "main": "_hydra",
     "setup": "api",
@@ -43,11 +46,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "Engine",
+    "Shared",
     "StepResult",
     "Trainer",
     "UserError",
     "__version__",
     "cross_entropy",
+    "huggingface_loss",
     "load_config",
     "main",
     "setup",

@@ -1,4 +1,4 @@
-"""What a step is fed: a pair (inputs, targets) of nested tensors whose first dim counts samples."""
+"""What a step is fed: a pair (inputs, targets) of nested tensors whose first dim counts samples; see `deal.py` for what else it may hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from paratrain import deal
 from paratrain.errors import UserError
 
 
@@ -21,6 +22,7 @@ class LocalBatch(NamedTuple):
         real: leading samples here that belong to the global batch; 0 where the batch has fewer samples than there are ranks
             and this rank holds one filler sample, which takes part in the collectives and weighs nothing.
         largest: most samples that any rank holds, from which all ranks derive the same number of micro-batches.
+        form: which lists and arrays of the global batch hold one element a sample; None: as it looks here. See `deal.Cut`.
     """
 
     inputs: Any
@@ -28,6 +30,7 @@ class LocalBatch(NamedTuple):
     size: int
     real: int
     largest: int
+    form: tuple[bool, ...] | None = None
 
 
 def span(size: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -39,9 +42,7 @@ def span(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
     """`function` of every tensor in a nested structure."""
-    if isinstance(tree, torch.Tensor):  # by far the most common, and several times faster than the general walk
-        return function(tree)
-    return tree_map_only(torch.Tensor, function, tree)
+    return deal.mapped(function, tree)
 
 
 def tensors(outputs: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
@@ -56,41 +57,35 @@ def tensors(outputs: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor
             yield from tensors(slots | getattr(leaf, "__dict__", {}), seen)
 
 
-def samples(batch: Any) -> int:
-    """Samples in a nested batch.
+def samples(batch: tuple[Any, Any]) -> int:
+    """Samples in a batch (inputs, targets).
 
     Raises:
         UserError: when its tensors disagree about dim 0.
     """
-    plain = isinstance(batch, tuple) and all(
-        isinstance(part, torch.Tensor) for part in batch
-    )  # the general walk takes as long as a small forward
-    sizes = [leaf.shape[0] for leaf in (batch if plain else tree_leaves(batch)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    if not sizes:
-        raise UserError("a batch needs at least one tensor with a sample dimension: (inputs, targets) with samples along dim 0")
-    if len(set(sizes)) > 1:
-        raise UserError(
-            f"the tensors of a batch disagree about the number of samples (sizes of dim 0: {sorted(set(sizes))}); "
-            "every tensor of inputs and targets must have the samples along dim 0"
-        )
-    if sizes[0] == 0:
-        raise UserError("the batch is empty (no samples along dim 0)")
-    return sizes[0]
+    inputs, targets = batch
+    if type(inputs) is type(targets) is torch.Tensor and inputs.ndim and targets.ndim and inputs.shape[0] == targets.shape[0] > 0:
+        return inputs.shape[0]  # the general walk takes as long as a small forward
+    return deal.size(batch)
 
 
-def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of every tensor; what has no sample dimension is passed on."""
-    return map_tensors(lambda x: x[start:stop] if x.ndim > 0 else x, batch)
+def one(inputs: Any) -> Any:
+    """The first sample of the inputs of a micro-batch."""
+    rows = [leaf.size(0) for leaf in deal.leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return deal.Cut(0, 1, max(rows, default=0)).arguments(inputs)
 
 
 def local(batch: tuple[Any, Any], rank: int, ranks: int) -> LocalBatch:
     """The share of `rank` in a global batch (inputs, targets)."""
     inputs, targets = pair(batch)
     size = samples((inputs, targets))
+    if ranks == 1:
+        return LocalBatch(inputs, targets, size, size, size)
     start, stop = span(size, rank, ranks)
     real = stop - start
-    start, stop = (start, stop) if real else (0, 1)
-    return LocalBatch(take(inputs, start, stop), take(targets, start, stop), size, real, span(size, 0, ranks)[1])
+    cut = deal.Cut(*((start, stop) if real else (0, 1)), size)
+    inputs, targets = cut.pair(inputs, targets)
+    return LocalBatch(inputs, targets, size, real, span(size, 0, ranks)[1], tuple(cut.form))
 
 
 def as_local(batch: LocalBatch | tuple[Any, Any]) -> LocalBatch:
@@ -115,20 +110,28 @@ def split(batch: LocalBatch, micro_batch_size: int | None) -> list[tuple[Any, An
     size = micro_batch_size or batch.largest
     if batch.largest <= size and batch.real:
         return [(batch.inputs, batch.targets, batch.real)]
-    parts = []
-    for start in range(0, batch.largest, size):
-        stop = min(start + size, batch.real)
-        real = max(stop - start, 0)
-        first, last = (start, stop) if real else (0, 1)
-        parts.append((take(batch.inputs, first, last), take(batch.targets, first, last), real))
-    return parts
+    return [_part(batch, start, min(start + size, batch.real)) for start in range(0, batch.largest, size)]
+
+
+def filler(batch: LocalBatch) -> tuple[Any, Any, int]:
+    """A micro-batch of one sample that weighs nothing."""
+    return _part(batch, 0, 0)
+
+
+def _part(batch: LocalBatch, start: int, stop: int) -> tuple[Any, Any, int]:
+    real = max(stop - start, 0)
+    held = max(batch.real, 1)
+    inputs, targets = deal.Cut(*((start, stop) if real else (0, 1)), held, batch.form).pair(batch.inputs, batch.targets)
+    return inputs, targets, real
 
 
 def count(targets: Any, real: int, kind: str) -> int:
     """What a mean loss is a mean over (`trainer.loss_count`): samples, or target elements other than -100."""
-    tensors = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, torch.Tensor)]
+    if kind == "samples":
+        return real
+    tensors = [leaf for leaf in deal.leaves(targets) if isinstance(leaf, torch.Tensor)]
     integers = [leaf for leaf in tensors if not leaf.is_floating_point() and leaf.dtype is not torch.bool]
-    if kind == "samples" or (kind == "auto" and len(integers) != 1):
+    if kind == "auto" and not len(integers) == len(tensors) == 1:
         return real
     if len(tensors) != 1:
         raise UserError(
@@ -142,6 +145,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return batch
     return map_tensors(lambda x: x.to(device, non_blocking=True), batch)
+
+
+def opened(micro: list[tuple[Any, Any, int]], model: torch.nn.Module) -> list[tuple[Any, Any, int]]:
+    """Micro-batches as model and loss are given them: what is `Shared` as it is, and a mapping as the arguments that forward names so."""
+    if deal.takes_items(model, micro[0][0]):
+        micro = [(dict(inputs), targets, real) for inputs, targets, real in micro]
+    if deal.shares(micro[0][0]) or deal.shares(micro[0][1]):
+        micro = [(deal.opened(inputs), deal.opened(targets), real) for inputs, targets, real in micro]
+    return micro
 
 
 def call(run: Callable, inputs: Any) -> Any:

@@ -493,6 +493,10 @@ class Trainer:
         "loss_fn returns several losses, a dict of these names, and the loss is the sum of weight x mean; the first counts the tokens: "
         "{ce: 1.0, z: 1e-4}; null: it returns one",
     )
+    loss_check: bool = key(
+        True,
+        "compare the loss of samples with that of parts of them in the first steps, and refuse a loss that would depend on the layout; false accepts it",
+    )
     batch_norm: Literal["sync", "local"] = key(
         "sync", "BatchNorm statistics over the global batch, or over each rank's own micro-batches (spectral norm likewise)"
     )

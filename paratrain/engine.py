@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from paratrain import agreement, gradients, rng
+from paratrain import agreement, deal, gradients, rng
 from paratrain import batch as batches
 from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
@@ -27,7 +27,8 @@ from paratrain.errors import UserError
 from paratrain.faults import memory, nonfinite
 from paratrain.forward_state import ForwardState
 from paratrain.layout import Layout
-from paratrain.loss import Loss, as_sum_and_count, named
+from paratrain.loss import Loss, as_sum_and_count, is_a_sum, named
+from paratrain.loss_proof import LossProof, Watch
 from paratrain.mesh import Mesh
 from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
@@ -39,6 +40,7 @@ from paratrain.optim.state import averaged, numbers, set_numbers
 from paratrain.parallel import batch_norm
 from paratrain.parallel.compile import compiled
 from paratrain.parallel.context import Context
+from paratrain.parallel.context_loss import Targets
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.pipeline_schedule import micro_batch_size
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
@@ -97,6 +99,9 @@ class Engine:
         self._totals = Totals(mesh, layout, self._params, self._names(), device)
         over_data = partial(self._totals.over_ranks, over=mesh.weights)
         self._losses = NamedLosses(cfg.trainer.loss_weights or {}, self._totals.scalar, over_data)
+        kept = loss_fn, self.model
+        self._proof = LossProof(self._pairs, self._evaluated, kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
+        self._watch: Watch | None = None  # of a step in which the loss is looked at
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
@@ -141,19 +146,24 @@ class Engine:
         """
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
+        share = self._share(batch)
         if self._auto is not None:
-            self.micro_batch_size = self._auto.fit(batches.as_local(batch))
-        micro = self._micro_batches(batch)
+            self.micro_batch_size = self._auto.fit(share)
+        micro = self._micro_batches(share)
         self._votes = tuple(votes)
         self._losses.begin(len(micro))
-        self._moved.begin(len(micro), batches.as_local(batch).size)
+        self._moved.begin(len(micro), share.size)
+        if self.cfg.trainer.loss_check:
+            self._watch = self._proof.begin(share, micro, self.mesh.loss.size(), self.micro_batch_size)
         with rng.preserved(self.device):
             if (pipeline := self._layout.pipeline) is not None:
                 self._train_stages(pipeline, micro)
+                self._conclude()
                 self._moved.end(partial(self._again_stages, pipeline, micro[:1]))
                 return self.step()
             if self._in_backward is not None:
                 self._update_in_backward(self._in_backward, micro)
+                self._conclude()
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank)
@@ -161,6 +171,7 @@ class Engine:
                 with self.no_sync() if number + 1 < len(micro) else nullcontext():
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
                 self._moved.after(number, real)
+            self._conclude()
             self._moved.end(partial(self._again, *micro[0]))
         return self.step()
 
@@ -212,6 +223,8 @@ class Engine:
         if self._in_loop is None:
             self._moved.begin(1)
             self._in_loop = next((len(leaf) for leaf in batches.tensors((args, kwargs)) if leaf.ndim), 1)
+        if deal.shares((args, kwargs)):
+            args, kwargs = deal.opened((args, kwargs))
         args, kwargs = batches.to_device((args, kwargs), self.device)
         args, kwargs = self._policy.cast_inputs((args, kwargs))
         with self._policy.autocast(self.device.type):
@@ -469,34 +482,105 @@ class Engine:
 
     def _measure(self, outputs: Any, targets: Any, real: int) -> tuple[torch.Tensor, Any]:
         """(sum, count) of the loss of one micro-batch."""
+        watch = self._watch
         with self._policy.autocast(self.device.type):
-            outputs = self._policy.cast_outputs(outputs)
-            if real == 0:
+            outputs, targets = self._policy.cast_outputs(outputs), self._policy.cast_targets(batches.to_device(targets, self.device))
+            weight = 1.0
+            if isinstance(targets, Targets):
+                assert self._layout.context is not None
+                outputs, targets = self._layout.context.for_loss(outputs, targets, real, self._proof.pairs)
+                weight = self._layout.context.loss.weight()
+            if watch is not None:
+                watch.before()
+            total, count, constant = self._sum_and_count(outputs, targets, real)
+            if not weight:  # another rank of cp computes the same
+                total, count = total * 0.0, 0
+            if torch.is_grad_enabled():
+                total, count = self._proof.with_count(total, count, watch, bool(self._losses.weights))
+            if watch is not None:
+                watch.saw(outputs, targets, real, constant, float(count))
+            return total, count
+
+    def _sum_and_count(self, outputs: Any, targets: Any, real: int) -> tuple[torch.Tensor, Any, bool]:
+        """(sum, count) of the loss of one micro-batch, and whether it is a constant here."""
+        if real == 0:
+            loss, joint = None, self._proof.joint
+            if joint or self._watch is not None:  # where ranks meet in the loss, they wait for this one
+                loss, joint = self._proof.of_nothing(self._loss_fn, outputs, targets, self._watch)
+            self._losses.add_nothing()
+            return _weightless(outputs) + (_weightless(loss) if joint else 0.0), 0, True
+        loss = self._loss_fn(outputs, targets)
+        if self._watch is not None:
+            self._watch.after()
+        several = loss.values() if isinstance(loss, Mapping) else [loss]
+        count = None
+        if any(isinstance(value, torch.Tensor) for value in several):  # means
+            count = batches.count(targets, real, self.cfg.trainer.loss_count)
+            if count == 0:
                 self._losses.add_nothing()
-                return _weightless(outputs), 0
-            loss = self._loss_fn(outputs, self._policy.cast_targets(batches.to_device(targets, self.device)))
-            several = loss.values() if isinstance(loss, Mapping) else [loss]
-            count = None
-            if any(isinstance(value, torch.Tensor) for value in several):  # means
-                count = batches.count(targets, real, self.cfg.trainer.loss_count)
-                if count == 0:
-                    self._losses.add_nothing()
-                    return _weightless(outputs), 0
-            if self._losses.weights:
-                return self._losses.add(named(loss, self._losses.weights, count))
-            return as_sum_and_count(loss, count)
+                return _weightless(outputs), 0, True
+        total, count = self._losses.add(named(loss, self._losses.weights, count)) if self._losses.weights else as_sum_and_count(loss, count)
+        constant = torch.is_grad_enabled() and not total.requires_grad
+        if constant and (self._watch is not None or self.mesh.loss.size() > 1 or count == 0):
+            total = total + _weightless(outputs)
+        return total, count, constant
+
+    @torch.no_grad()
+    def _pairs(self, outputs: Any, targets: Any, real: int) -> list[tuple[float, float]]:
+        """(sum, count) of each loss that loss_fn returns."""
+        with self._policy.autocast(self.device.type):
+            if isinstance(targets, Targets):
+                assert self._layout.context is not None
+                gathers = self._layout.context.loss.gathers
+                outputs, targets = (self._layout.context.whole(outputs), targets.whole) if gathers else (outputs, targets.part)
+            loss = self._loss_fn(outputs, targets)
+            count = batches.count(targets, real, self.cfg.trainer.loss_count)
+        pairs = named(loss, self._losses.weights, count) if self._losses.weights else [as_sum_and_count(loss, count)]
+        return [(float(total), float(count)) for total, count in pairs]
+
+    def _conclude(self) -> None:
+        """Refuse, on every rank, a loss that this step has shown to be another one under this layout."""
+        if self._watch is not None:
+            watch, self._watch = self._watch, None
+            watch.conclude()
+
+    def _peers(self) -> list[dist.ProcessGroup]:
+        """Those with whom this rank computes one output."""
+        return [self.mesh.root["tp"].get_group()] if self.cfg.parallel.tp > 1 else []
+
+    @torch.no_grad()
+    def _evaluated(self, inputs: Sequence[Any]) -> list[Any]:
+        """What the model returns for each in evaluation mode; nothing on the stages of a pipeline but the last."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            return [self._policy.cast_outputs(outputs) for outputs in self._outputs(inputs)]
+        finally:
+            self._layout.settle()
+            for module, mode in modes:
+                module.training = mode
 
     def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
         """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
-        share, size, pipeline = batches.as_local(batch), self.micro_batch_size, self._layout.pipeline
+        share, size, pipeline = self._share(batch), self.micro_batch_size, self._layout.pipeline
         batch_norm.weigh(self._norms, share)
         if pipeline is not None:
             size = size or micro_batch_size(self.cfg, share.largest)
         micro = batches.split(share, size)
         if pipeline is not None:
-            filler = batches.take(share.inputs, 0, 1), batches.take(share.targets, 0, 1), 0
-            micro += [filler] * (pipeline.planned.micro_batches(len(micro)) - len(micro))
-        return micro if self._layout.context is None else self._sequences(self._layout.context, micro)
+            micro += [batches.filler(share)] * (pipeline.planned.micro_batches(len(micro)) - len(micro))
+        context = self._layout.context
+        if context is not None:
+            context.refuse_shared(*micro[0][:2])
+        micro = batches.opened(micro, self.model)
+        return micro if context is None else self._sequences(context, micro)
+
+    def _share(self, batch: LocalBatch | tuple[Any, Any]) -> LocalBatch:
+        """This rank's part of a batch; the ranks agree on the largest where each brings its own and that decides about micro-batches."""
+        share = batches.as_local(batch)
+        if share is batch or self._data_ranks == 1 or (self.micro_batch_size is None and self._layout.pipeline is None):
+            return share
+        return share._replace(largest=int(self._totals.largest(float(share.real), over=self.mesh.data)))
 
     def _sequences(self, context: Context, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any, int]]:
         """This rank's part of every sequence."""

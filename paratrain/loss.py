@@ -77,6 +77,36 @@ def mse(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     return F.mse_loss(outputs.to(dtype), targets.to(dtype), reduction="sum"), targets.numel()
 
 
+def huggingface_loss(outputs: Any, labels: Tensor, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """The loss that Hugging Face models compute of `labels` among their inputs, as a sum and a count.
+
+    A model that is given labels returns a mean over those of the micro-batch it sees, of which nobody can make the mean over the whole batch. So give
+    it none, and make them the targets: `({"input_ids": ids, "attention_mask": mask}, labels)`.
+
+    Args:
+        outputs: what the model returns, with `logits` [batch, time, classes] (or [batch, classes]); or the logits.
+        labels: int64 [batch, time] (or [batch]), not shifted, as for the model.
+        shift: position t predicts label t + 1, as in causal language models; false for masked ones, classifiers and encoder-decoder models.
+        ignore_index: label that counts for nothing.
+
+    Returns:
+        The sum of the negative log likelihoods, in nats, and the number of labels that count.
+
+    Raises:
+        UserError: no logits, or the shapes do not match.
+    """
+    logits = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else getattr(outputs, "logits", outputs)
+    _refuse_structures("huggingface_loss", logits)
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits, labels, ignore_index)
+
+
+def is_a_sum(loss_fn: Loss) -> bool:
+    """Whether it is one of the losses above, sums over what they count by construction."""
+    return (loss_fn.func if isinstance(loss_fn, partial) else loss_fn) in (cross_entropy, mse, huggingface_loss)
+
+
 def sequence_balance(router_logits: Tensor | Sequence[Tensor], top_k: int, batch: int | None = None, mask: Tensor | None = None) -> Tensor:
     """How unevenly each sequence is spread over the experts: 1 where it is even, up to the number of experts / top_k.
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from paratrain import deal
 from paratrain.batch import LocalBatch, samples
 
 log = logging.getLogger(__name__)
@@ -82,5 +82,5 @@ class AutoMicroBatch:
 
 
 def _numbers_per_sample(share: LocalBatch) -> int:
-    tensors: list[Any] = [leaf for leaf in tree_leaves((share.inputs, share.targets)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[Any] = [leaf for leaf in deal.leaves((share.inputs, share.targets)) if isinstance(leaf, torch.Tensor)]
     return sum(leaf.numel() for leaf in tensors) // samples((share.inputs, share.targets))

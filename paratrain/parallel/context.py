@@ -17,17 +17,27 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from paratrain import batch as batches
+from paratrain import deal, rng
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import context_attention, tp_rules
+from paratrain.parallel.context_loss import Targets, WholeLoss
 from paratrain.parallel.tp_split import Split, plain
+from paratrain.unchanged import unchanged
 
 _POSITIONS = ("positions", "position_ids")
+
+_MET = (
+    "positions of the sequence meet elsewhere than in scaled_dot_product_attention (attention by hand, a convolution, a mean over "
+    "time, nn.MultiheadAttention ...), so it cannot be split; let them meet there"
+)
 
 _ATTENTION = F.scaled_dot_product_attention  # `verify` replaces the name while it compares
 
@@ -51,15 +61,32 @@ class Context:
         # Hugging Face models take position ids that do not count up for packed documents, so these keep runs
         self.zigzag = self.method == "ring" and self.argument != "position_ids"
         self.model, self.length, self.calls = model, 0, 0
+        self.loss = WholeLoss(self.group)
         self.probing = self.proven = False
 
-    def part(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    def refuse_shared(self, inputs: Any, targets: Any) -> None:
+        """UserError for a batch with parts of which nothing says whether they go along the sequence."""
+        if deal.shares((inputs, targets)):
+            raise UserError(
+                f"parallel.cp={self.ranks}: the batch holds paratrain.Shared, of which nothing says whether it goes along the sequence; let the model "
+                "hold it as a buffer, or write parallel.cp=1"
+            )
+
+    def for_loss(self, outputs: Any, targets: Targets, real: int, pairs: Callable) -> tuple[Any, Any]:
+        """What loss_fn is given for a micro-batch: see `context_loss.py`."""
+        return self.loss.choose(outputs, targets, real, self.length, self._inverse, pairs)
+
+    def whole(self, outputs: Any) -> Any:
+        """The outputs for every position of the sequences."""
+        return self.loss.whole(outputs, self.length, self._inverse)
+
+    def part(self, inputs: Any, targets: Any) -> tuple[Any, Targets]:
         """This rank's part of every sequence (dim 1) of a batch, with its positions where the model takes them.
 
         Raises:
             UserError: the tensors have no common sequence, or one that the ranks cannot share.
         """
-        tensors = [leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in deal.leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1 or any(tensor.ndim == 1 for tensor in tensors):
             raise UserError(
@@ -73,14 +100,15 @@ class Context:
                 f"parallel.cp={self.ranks}: sequences of {length} positions do not divide into {runs} equal runs (context.method={self.method}); "
                 f"pad or cut them to a multiple of {runs} (data.seq_len)"
             )
-        positions = context_attention.order(length, self.ranks, self.zigzag)[self.rank]
+        order = context_attention.order(length, self.ranks, self.zigzag)
+        positions, self._inverse = order[self.rank], torch.cat(order).argsort()
         self.length = len(positions)
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[:, positions.to(tensor.device)] if tensor.ndim > 1 else tensor
 
-        inputs, targets = batches.map_tensors(take, inputs), batches.map_tensors(take, targets)
-        return self._with_positions(inputs, positions.to(tensors[0].device)), targets
+        inputs, part = batches.map_tensors(take, inputs), batches.map_tensors(take, targets)
+        return self._with_positions(inputs, positions.to(tensors[0].device)), Targets(part, targets)
 
     def _with_positions(self, inputs: Any, positions: torch.Tensor) -> Any:
         if self.argument is None or (isinstance(inputs, dict) and self.argument in inputs):
@@ -146,12 +174,15 @@ class Context:
         self.model.eval()
         self.probing, self.calls = True, 0
         try:
-            here = batches.take(inputs, 0, 1)
+            here = batches.one(inputs)
             same = batches.map_tensors(lambda x: x[:, :1].expand_as(x).contiguous() if x.ndim > 1 else x, here)
             ends = batches.map_tensors(lambda x: torch.cat([x[:, :-1], _changed(x[:, -1:], x)], 1) if x.ndim > 1 else x, here)
             starts = batches.map_tensors(lambda x: torch.cat([_changed(x[:, :1], x), x[:, 1:]], 1) if x.ndim > 1 else x, here)
             outputs = self._run(run, [here, same, ends, starts, *self._counted(here)])
             fault = _by_length(self.model, self.length * self.ranks) or (self._fault(outputs) if outputs else None)
+            for module, mode in modes:
+                module.training = mode and not isinstance(module, _BatchNorm | _DropoutNd)
+            fault = self._in_training(run, here, ends, starts) or fault
             calls, faults = zip(*everywhere((self.calls, fault)), strict=True)
         finally:
             self.probing = False
@@ -166,6 +197,20 @@ class Context:
         if fault:
             raise UserError(f"parallel.cp={self.ranks}: {fault}, or write parallel.cp=1")
         self.proven = True
+
+    def _in_training(self, run: Callable[[list[Any]], list[Any]], here: Any, ends: Any, starts: Any) -> str | None:
+        """What a model does only while it trains, if it draws no numbers for it."""
+        outputs = []
+        with unchanged(self.model):
+            for inputs, seed in ((here, 0), (here, 1), (ends, 0), (starts, 0)):
+                rng.seed_all(seed)
+                outputs += self._run(run, [inputs])
+        if not outputs:
+            return None
+        plain, again, end, start = (_leaves(each) for each in outputs)
+        if len(plain) != len(again) or not all(a.shape == b.shape and _close(a, b) for a, b in zip(plain, again, strict=True)):
+            return None
+        return _MET if _met(plain, end, start) else None
 
     def _counted(self, here: Any) -> list[Any]:
         """Positions that count from 0, and none, which must mean the same where we add those of the whole sequence."""
@@ -196,13 +241,8 @@ class Context:
                 "several ranks; return one along dim 1"
             )
         plain, flat, end, start, *counted = leaves
-        met = any(not _close(a[:, :-1], b[:, :-1]) for a, b in zip(plain, end, strict=True))  # the last one anywhere before it
-        met = met or any(not _close(a[:, 1:], b[:, 1:]) for a, b in zip(plain, start, strict=True))  # the first one after it
-        if met:
-            return (
-                "positions of the sequence meet elsewhere than in scaled_dot_product_attention (attention by hand, a convolution, a mean over "
-                "time, nn.MultiheadAttention ...), so it cannot be split; let them meet there"
-            )
+        if _met(plain, end, start):
+            return _MET
         if any(not _close(a, a[:, :1].expand_as(a)) for a in flat):
             return (
                 "the model counts positions by itself, which would start at 0 on every rank; let forward take "
@@ -279,6 +319,13 @@ class _Attention(TorchFunctionMode):
         if any(isinstance(leaf, Split) for leaf in (*args, *kwargs.values())):
             return tp_rules.apply(self.context.scaled_dot_product_attention, args, kwargs)
         return self.context.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _met(plain: Sequence[torch.Tensor], end: Sequence[torch.Tensor], start: Sequence[torch.Tensor]) -> bool:
+    """Whether another last position changed one before it, or another first one any after it."""
+    return any(not _close(a[:, :-1], b[:, :-1]) for a, b in zip(plain, end, strict=True)) or any(
+        not _close(a[:, 1:], b[:, 1:]) for a, b in zip(plain, start, strict=True)
+    )
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from paratrain import batch as batches
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_deferred import Deferred
 from paratrain.parallel.pipeline_schedule import Action
@@ -243,7 +244,7 @@ class Pass:
 def kind_of(inputs: Any, training: bool) -> tuple[Any, Any]:
     """(what decides which tensors cross boundaries, what decides their shapes) under these inputs."""
     leaves, spec = tree_flatten(inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = list(batches.tensors(inputs))
     rest = tuple(leaf for leaf in leaves if isinstance(leaf, int | float | str | bool | None))
     structure = str(spec), rest, training, tuple((tensor.ndim, tensor.dtype) for tensor in tensors)
     return structure, (structure, tuple(tuple(tensor.shape) for tensor in tensors))

@@ -61,7 +61,7 @@ def verify(
             f"verify.layers={options.layers} cuts the depth of a model that the configuration builds (python -m paratrain verify ...); "
             "here model_fn decides: let it build fewer layers"
         )
-    cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, device="cpu"))
+    cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, device="cpu", loss_check=False))
     if cfg.data.micro_batch_size == "auto":  # what fits here says nothing
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, micro_batch_size=None))
     if options.dtype == "float64":

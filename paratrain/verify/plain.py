@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from paratrain.config import Config
+from paratrain.deal import Shared, takes_items
 from paratrain.errors import UserError
 from paratrain.optim import schedules
 from paratrain.parallel import freeze, materialise
@@ -80,7 +82,7 @@ def train(
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
+    if isinstance(inputs, dict) or takes_items(model, inputs):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
@@ -147,7 +149,8 @@ def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 def _pretrained(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
-    own = model.state_dict(keep_vars=True)
+    adapters = list(getattr(model, "peft_config", ()))
+    own = {materialise.without_adapters(name, adapters): value for name, value in model.state_dict(keep_vars=True).items()}
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         for name, value in load_file(file).items():
             with torch.no_grad():
@@ -164,6 +167,10 @@ def _copied(leaf: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(leaf, Tensor):
         leaf = leaf.detach().clone()
         return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+    if isinstance(leaf, Shared):
+        return copied(leaf.value, dtype)
+    if isinstance(leaf, UserDict):
+        return type(leaf)({name: copied(part, dtype) for name, part in leaf.items()})
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         leaf = copy.copy(leaf)
         for part in dataclasses.fields(leaf):
