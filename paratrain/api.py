@@ -74,7 +74,7 @@ def _set_up(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: C
         optim.stream_states(optimizers)
     if isinstance(cfg.strategy, Foreign):
         return backends.build(planned, laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
-    laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg))
+    laid_out = replace(laid_out, run=batch_norm.watched(laid_out.run, axes, cfg), renamed=planned.renamed)
     return Engine(laid_out, loss_fn, optimizers, axes, cfg, device, blueprint)
 
 

@@ -105,6 +105,14 @@ def normalise_over_ranks(
     return SyncBatchNorm.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, dist.get_world_size(group))
 
 
+def compiled_module(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable] | None:
+    """(the module that `torch.compile` was called on, what compiles a function as it was told to); None: it is no wrapper of torch.compile's."""
+    cls = type(module)
+    if cls.__name__ != "OptimizedModule" or not cls.__module__.startswith("torch._dynamo"):
+        return None
+    return module._orig_mod, module.dynamo_ctx  # type: ignore[return-value]
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether it shares its memory with a tensor that autograd knows; changing one in place changes both."""
     with torch._C.DisableTorchFunctionSubclass():  # a question, not an operation that a subclass would compute

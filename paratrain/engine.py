@@ -346,7 +346,7 @@ class Engine:
                 if isinstance(value, torch.Tensor):
                     whole = gradients.whole(self._layout.placed.natural(name, value))  # one at a time: never all of them on the device
                     if self.is_main_process:
-                        state[name] = whole.detach().cpu().clone()
+                        state[self._layout.renamed.get(name, name)] = whole.detach().cpu().clone()
         return state
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ its configuration keys are refused (`config.check`). DistributedDataParallel alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,7 @@ class Layout:
         placed: what tensor parallelism split.
         context: splits sequences, where several ranks share each.
         experts: whose experts the ranks of ep hold.
+        renamed: name of a tensor -> that which the user's model has for it, where the two differ.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Layout:
     placed: Placed = field(default_factory=Placed)
     context: Context | None = None
     experts: experts.Experts = field(default_factory=experts.Experts)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def unordered(self) -> Iterator[None]:

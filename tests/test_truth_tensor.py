@@ -13,7 +13,7 @@ from torch import nn
 
 import paratrain as pt
 from paratrain.errors import UserError
-from paratrain.parallel import tensor
+from paratrain.parallel import tensor, uncompile
 from paratrain.spawn import run
 
 
@@ -394,3 +394,21 @@ def test_weights_that_are_read_inside_of_a_transform_are_refused_by_name():
     assert_refused(
         Mapped, rows(), square, "tp", says="up.weight is read inside of a function that torch.func transforms", more=["parallel.tp_plan={}"]
     )
+
+
+# ---------------------------------------------------------------- compiled models
+
+
+def compiled():
+    return torch.compile(between(lambda model, h: h)(), backend="eager")
+
+
+def test_a_compiled_model_keeps_its_names_and_is_split():
+    wrapped, names = uncompile.unwrapped(compiled(), configuration())
+    assert type(wrapped).__name__ == "Net"
+    assert wrapped._compiled_call_impl is None
+    assert names["up.weight"] == "_orig_mod.up.weight"
+    whole, _ = uncompile.unwrapped(nn.Sequential(compiled(), nn.Tanh()), pt.load_config([*BASE, "strategy=ddp"]))
+    assert [name for name, _ in whole.named_parameters()][:2] == ["0.inner.weight", "0.inner.bias"]
+    assert whole[0]._compiled_call_impl is not None
+    assert_exact_parts({"compiled": (compiled, 0.6)})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from paratrain.compat import has_gradient_hooks, local_box
 from paratrain.config import Config
 from paratrain.distributed import rank, seed_for, world_size
 from paratrain.errors import UserError
-from paratrain.parallel import same_model, shared_memory
+from paratrain.parallel import same_model, shared_memory, uncompile
 from paratrain.precision import convert_module, fp8
 from paratrain.suggest import did_you_mean
 
@@ -48,6 +48,7 @@ class Plan:
         values: every parameter and buffer by name, whole, on rank 0; empty elsewhere.
         forms: every parameter and buffer of the whole model on meta, by name; a rank may come to hold only some of them.
         state: names of the whole model's state_dict.
+        renamed: name -> the user's, where torch.compile had put its own into it.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Plan:
     values: dict[str, torch.Tensor]
     forms: dict[str, torch.Tensor]
     state: frozenset[str]
+    renamed: Mapping[str, str]
 
 
 def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Plan:
@@ -75,13 +77,14 @@ def plan(model_fn: Any, cfg: Config, device: torch.device, sharded: bool) -> Pla
             f"memory.init=meta: {place} is a tensor that is neither a parameter nor a buffer, so nothing would give it values; "
             "register it with register_buffer, or write memory.init=constructor"
         )
+    model, renamed = uncompile.unwrapped(model, cfg)
     if not model.training:
         model.train()  # a pretrained model often arrives in evaluation mode
     _refuse_lazy(model)
     model = convert_module(model, cfg.precision.name)
     fp8.convert(model, cfg.precision.fp8, device)
     forms = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in _tensors(model)}
-    whole = forms, frozenset(model.state_dict())
+    whole = forms, frozenset(model.state_dict()), renamed
     if cfg.memory.init == "meta":
         _refuse_what_new_parameters_lose(model)
         return Plan(model, "seeded", {}, *whole)
