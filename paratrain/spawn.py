@@ -38,6 +38,7 @@ _WARM_IMPORTS = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "paratrain._hydra.compose",
     "paratrain.api",
     "paratrain.trainer",
     "paratrain.verify",

@@ -6,6 +6,7 @@ assert_refused(Net, batches, square, "pp", says="parallel.pp")  # a UserError on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import paratrain as pt
 from paratrain import rng
+from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.spawn import run
 
@@ -45,6 +47,12 @@ class Trained:
     losses: list[float]
     norms: list[float]
     state: dict[str, torch.Tensor]
+
+
+@functools.cache
+def configured(overrides: tuple[str, ...]) -> Config:
+    """Composed once in the test's own process, and handed to the ranks: composing takes longer than training does here."""
+    return pt.load_config([*BASE, *overrides])
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -82,9 +90,11 @@ def plain(model_fn: Callable, batches: Sequence, loss_fn: Callable, *, mean: Cal
     return Trained(losses, norms, {name: value.detach().clone() for name, value in model.state_dict().items()})
 
 
-def ours(model_fn: Callable, batches: Sequence, loss_fn: Callable, overrides: Sequence[str], *, before=None, after=None) -> Trained:
+def ours(
+    model_fn: Callable, batches: Sequence, loss_fn: Callable, overrides: Sequence[str] | Config, *, before=None, after=None
+) -> Trained:
     """The same on a rank of paratrain; `before` and `after` are given the engine's model."""
-    engine = pt.setup(model_fn, loss_fn, pt.load_config([*BASE, *overrides]))
+    engine = pt.setup(model_fn, loss_fn, overrides if isinstance(overrides, Config) else configured(tuple(overrides)))
     steps = []
     for step, batch in enumerate(batches):
         if before is not None:
@@ -121,9 +131,8 @@ def assert_exact(
     mean = kw.pop("mean", None)
     expected = plain(model_fn, batches, loss_fn, mean=mean, **kw)
     for layout in layouts:
-        results = run(
-            lambda layout=layout: ours(model_fn, batches, loss_fn, (*LAYOUTS[layout], *more), **kw), 1 if layout == "single" else ranks
-        )
+        cfg = configured((*LAYOUTS[layout], *more))
+        results = run(lambda cfg=cfg: ours(model_fn, batches, loss_fn, cfg, **kw), 1 if layout == "single" else ranks)
         assert_same(results[0], expected, what=layout)
         for other in results[1:]:
             assert (other.losses, other.norms) == (results[0].losses, results[0].norms), f"{layout}: every rank reports the same numbers"
