@@ -83,6 +83,25 @@ def has_gradient_hooks(param: torch.Tensor) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
+def take_hooks(param: torch.Tensor) -> list[tuple[dict[int, Any], bool]]:
+    """Take from a parameter the hooks on its gradient that were not registered by this package: tables, which the handles of those who registered them
+    still remove from, and for each whether they are called after the gradient is there. torch calls them no more."""
+    found = []
+    for name, after in (("_backward_hooks", False), ("_post_accumulate_grad_hooks", True)):
+        table = getattr(param, name)
+        ours = {
+            key: hook
+            for key, hook in (table or {}).items()
+            if (getattr(hook, "__module__", None) or "").startswith(("paratrain.", "torch.distributed."))
+        }
+        if table and len(ours) < len(table):
+            setattr(param, name, type(table)(ours))  # torch goes on calling hooks whose table is replaced by None
+            for key in ours:
+                del table[key]
+            found.append((table, after))
+    return found
+
+
 def has_spectral_norm(module: torch.nn.Module) -> bool:
     """Whether it estimates the largest singular value of a weight, a step of the power method in each forward; no public class tells."""
     classes = [type(part) for part in (module, *module._forward_pre_hooks.values())]

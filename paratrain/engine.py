@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from paratrain import agreement, deal, gradients, rng
+from paratrain import agreement, deal, gradients, own_loop, rng
 from paratrain import batch as batches
 from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
-from paratrain.config import Config
+from paratrain.config import Config, Foreign
 from paratrain.errors import UserError
 from paratrain.faults import memory, nonfinite
 from paratrain.forward_state import ForwardState
@@ -43,10 +43,25 @@ from paratrain.parallel.context import Context
 from paratrain.parallel.context_loss import Targets
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.pipeline_schedule import micro_batch_size
+from paratrain.parallel.whole_view import Views
 from paratrain.precision import POLICIES, Fallback, LossScaler, accumulate
 from paratrain.recipe import Recipe
 from paratrain.result import Scalar, StepResult
 from paratrain.totals import Totals, or_one
+from paratrain.watch import Changes
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _at_work(method: _Method) -> _Method:
+    """A method during which split parameters are what they are, and not whole to whoever reads them."""
+
+    @wraps(method)
+    def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with self._views:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class Engine:
@@ -65,6 +80,7 @@ class Engine:
     """
 
     recipe = Recipe(None, "the engine was not made by paratrain.setup")
+    _running = 0  # backwards of all engines, which may run through each other's models
 
     def __init__(
         self,
@@ -120,7 +136,19 @@ class Engine:
         self._inside_backward = False
         self._wide = accumulate.dtype_of(cfg) is not None
         self._unchecked: StepResult | None = None
+        self._true: tuple[list[Scalar], Scalar] | None = None  # totals and factor, where gradients are at their true scale already
+        self._inside_no_sync = False
+        self._updating = False
+        self._rates_by_hand = False
         self._set_lr()
+        weights = mesh.weights.get_group()
+        self._views = Views(self.model, layout, weights)
+        self._changes = Changes(self, self._views)
+        self._foreign = isinstance(cfg.strategy, Foreign)
+        self._strays = False  # gradients came from another engine's backward
+        own_loop.watch_optimizers(self, optimizers)
+        own_loop.take_whole_states(self)
+        own_loop.let_copy(self)
 
     # ------------------------------------------------------------------ whole steps
 
@@ -132,6 +160,7 @@ class Engine:
         return batches.local(batch, self._data_rank, self._data_ranks)
 
     @agreed("engine.train_step()", rare=False)
+    @_at_work
     def train_step(self, batch: LocalBatch | tuple[Any, Any], votes: Sequence[float] = ()) -> StepResult:
         """Train on this rank's part of a global batch.
 
@@ -146,6 +175,7 @@ class Engine:
         """
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
+        self._changes.follow()
         share = self._share(batch)
         if self._auto is not None:
             self.micro_batch_size = self._auto.fit(share)
@@ -155,6 +185,8 @@ class Engine:
         self._moved.begin(len(micro), share.size)
         if self.cfg.trainer.loss_check:
             self._watch = self._proof.begin(share, micro, self.mesh.loss.size(), self.micro_batch_size)
+        if not self._foreign:
+            own_loop.clear(self._params)
         with rng.preserved(self.device):
             if (pipeline := self._layout.pipeline) is not None:
                 self._train_stages(pipeline, micro)
@@ -176,6 +208,7 @@ class Engine:
         return self.step()
 
     @agreed("engine.eval_step()")
+    @_at_work
     @torch.no_grad()
     def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
         """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
@@ -217,8 +250,10 @@ class Engine:
     # ------------------------------------------------------------------ steps in the user's hands
 
     @agreed("engine()", wait=False, together=False)
+    @_at_work
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
+        self._changes.follow_once()
         batch_norm.weigh(self._norms)
         if self._in_loop is None:
             self._moved.begin(1)
@@ -232,25 +267,43 @@ class Engine:
         for leaf in batches.tensors(outputs):
             if leaf.requires_grad:
                 leaf.register_hook(self._guard)
+        if not torch.is_grad_enabled():
+            self._layout.settle()
         return outputs
 
     @agreed("engine.backward()", wait=False, together=False)
+    @_at_work
     def backward(self, loss: torch.Tensor | tuple[torch.Tensor, Any], count: float = 1) -> None:
-        """Backward of one micro-batch: a (sum, count), or a mean over `count`. `step` divides by the count over all of them."""
+        """Backward of one micro-batch: a (sum, count), or a mean over `count`.
+
+        Afterwards, outside of `no_sync`, the gradients are those of the mean over all micro-batches so far, on every rank. `optimizer.zero_grad()`
+        by hand begins a new step.
+
+        Raises:
+            UserError: a gradient that another backward has left, or gradients that are clipped already.
+        """
         if self._in_backward is not None:
             raise UserError(
                 "backward() under trainer.update_in_backward=true, which needs the count of all ranks first; call engine.train_step()"
             )
         total, count = as_sum_and_count(loss, count)
+        own_loop.begin_backward(self)
         self._backward(total, count)
+        if not self._inside_no_sync and not self._foreign:
+            own_loop.bring_to_scale(self)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep gradients on this rank: for the forward and backward of every micro-batch but the last."""
-        with self._layout.no_sync():
-            yield
+        before, self._inside_no_sync = self._inside_no_sync, True
+        try:
+            with self._layout.no_sync():
+                yield
+        finally:
+            self._inside_no_sync = before
 
     @agreed("engine.clip_grad_norm_()", rare=False)
+    @_at_work
     def clip_grad_norm_(self, max_norm: float | None) -> Scalar:
         """Bring the gradients of this step to their true scale and clip their global norm to `max_norm` (None: do not).
 
@@ -261,10 +314,17 @@ class Engine:
             raise UserError("no gradients yet: call engine.backward(loss) before clipping")
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
-        self._layout.reduce(self._params)
-        totals, parts = self._sum_totals()
+        if self._changes.hooks and self._true is None:
+            own_loop.bring_to_scale(self)
+        factor: Scalar = 1.0
+        if self._true is None:
+            self._layout.reduce(self._params)
+            totals, parts = self._sum_totals()
+            factor = self._unit / self.scaler.scale / or_one(totals[1])
+        else:
+            totals, _ = self._true
+            parts = self._totals.over_ranks(self.noise_scale.totals(self._data_ranks)) if self.noise_scale is not None else []
         grads = [param.grad for param in self._params if param.grad is not None]
-        factor = self._unit / self.scaler.scale / or_one(totals[1])
         if self._layout.pipeline is None:
             norm = self._totals.scalar(self._total_norm(grads)) * factor
         else:
@@ -281,6 +341,7 @@ class Engine:
         return norm
 
     @agreed("engine.step()", rare=False)
+    @_at_work
     def step(self) -> StepResult:
         """Update the weights with the gradients of every `backward` since the last step, or skip if float16 overflowed."""
         if self._window is None:
@@ -318,7 +379,8 @@ class Engine:
         self.global_step += 1
         if self.noise_scale is not None:
             self.noise_scale.begin(self.global_step)
-        self._window = self._reduced = None
+        self._window = self._reduced = self._true = None
+        self._views.steps += 1
         self._set_lr()
         return result
 
@@ -335,6 +397,7 @@ class Engine:
     # ------------------------------------------------------------------ state
 
     @agreed("engine.full_state_dict()", together=lambda engine: agreement.needs_all(engine.model))
+    @_at_work
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
         self._layout.settle()
@@ -349,6 +412,17 @@ class Engine:
                         state[self._layout.renamed.get(name, name)] = whole.detach().cpu().clone()
         return state
 
+    def load_full_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give the model the weights of `full_state_dict`: those that rank 0 brings, whole, under the user's own names.
+
+        Every rank must call it; what the others bring is not looked at. `engine.model.load_state_dict` takes them too, where every rank has them.
+
+        Raises:
+            UserError: names or shapes that are not the model's.
+        """
+        own_loop.load_whole(self, state)
+
+    @_at_work
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
         """`full_state_dict` with the moving average for the weights that are trained. Every rank must call it.
 
@@ -360,6 +434,7 @@ class Engine:
         with self.ema.applied():
             return self.full_state_dict()
 
+    @_at_work
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: `model/<name>`, `optimizer/<parameter>/<key>`, `ema/<parameter>`. Every rank must call it."""
         from paratrain import checkpoint
@@ -368,6 +443,7 @@ class Engine:
         tensors = self._model_tensors() | checkpoint.optimizer_tensors(self.optimizers, self._names()) | averages
         return self._layout.placed.to_save(tensors)
 
+    @_at_work
     def prepare(self, saved: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
         """The tensors for a checkpoint to fill, and what to call then.
 
@@ -409,6 +485,7 @@ class Engine:
             "fallback": self.fallback.state_dict() if self.fallback else None,
             "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
             "optimizers": numbers(self.optimizers, since=self._base_numbers),
+            "rates": self._base_lrs if self._rates_by_hand else None,
         }
 
     def restore(self, counters: dict[str, Any]) -> None:
@@ -416,6 +493,9 @@ class Engine:
         self.global_step, self.updates = int(counters["global_step"]), int(counters["updates"])
         self._counted, self._unit = self._totals.scalar(counters["counted"]), counters["unit"]
         set_numbers(self.optimizers, counters["optimizers"])
+        if (rates := counters.get("rates")) and [len(each) for each in rates] == [len(each) for each in self._base_lrs]:
+            self._base_lrs, self._rates_by_hand = [list(each) for each in rates], True
+        self._views.steps += 1
         if self.scaler.enabled:
             self.scaler.load_state_dict(counters["scaler"])
         if self.fallback and counters["fallback"]:
@@ -670,10 +750,12 @@ class Engine:
     def _backward(self, total: torch.Tensor, count: Any) -> None:
         scaled = self._to_differentiate(total, count)
         self._inside_backward = True
+        Engine._running += 1
         try:
             self._layout.backward(scaled)
         finally:
             self._inside_backward = False
+            Engine._running -= 1
         if self.noise_scale is not None:
             self.noise_scale.end_part(self._totals.scalar(count))
 
@@ -759,9 +841,13 @@ class Engine:
         return self.ema.applied() if self.ema and self.ema.options.evaluate else nullcontext()
 
     def _update(self) -> None:
-        with accumulate.rounded(self._params) if self._wide else nullcontext():
-            for optimizer in self.optimizers:
-                optimizer.step()
+        self._updating = True
+        try:
+            with accumulate.rounded(self._params) if self._wide else nullcontext():
+                for optimizer in self.optimizers:
+                    optimizer.step()
+        finally:
+            self._updating = False
 
     def _total_norm(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         return (
@@ -778,9 +864,10 @@ class Engine:
 
     def _set_lr(self) -> None:
         factor = schedules.factor(self.cfg.scheduler, self.updates, self.total_updates)
-        for optimizer, rates in zip(self.optimizers, self._base_lrs, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+        self._written_lrs = [[rate * factor for rate in rates] for rates in self._base_lrs]
+        for optimizer, rates in zip(self.optimizers, self._written_lrs, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):  # a group may have been added just now
+                group["lr"] = rate
 
     def _check_finite(self, result: StepResult) -> None:
         if self.device.type == "cpu":
@@ -795,7 +882,14 @@ class Engine:
         )
 
     def _guard(self, grad: torch.Tensor) -> torch.Tensor:
-        if not self._inside_backward:
+        if not self._inside_backward and Engine._running:
+            if self._window is not None:
+                raise UserError(
+                    "the backward of another engine runs through this model while its own gradients wait for step(), and would add to them; call "
+                    "step() of this engine first"
+                )
+            self._strays = True
+        elif not self._inside_backward:
             raise UserError(
                 "loss.backward() skips the loss scale and the division by the global count; write engine.backward(loss) instead"
             )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+_BUCKET = 32 << 20  # bytes of gradients reduced at once
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +47,38 @@ def scale(tensors: Iterable[torch.Tensor], factor: float | torch.Tensor) -> None
         by_device[part.device].append(part)
     for device, members in by_device.items():
         torch._foreach_mul_(members, factor.to(device))
+
+
+def reduce(params: Iterable[torch.Tensor], group: dist.ProcessGroup, average: bool, everywhere: bool = False) -> None:
+    """Sum the gradients of whole parameters over `group`, or average them; one that no rank has stays None. Every rank must call it.
+
+    In fp32 at least, in buckets.
+
+    Args:
+        everywhere: every rank has all of them, so that there is nothing to ask and to wait for.
+    """
+    for bucket in _buckets(params):
+        wide = torch.promote_types(bucket[0].dtype, torch.float32)
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(wide) for p in bucket]
+        used = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=parts[0].device)
+        flat = torch.cat([*parts, used])
+        dist.all_reduce(flat, group=group)
+        *sums, users = flat.split([*(p.numel() for p in bucket), len(bucket)])
+        counts = [1.0] * len(bucket) if everywhere else users.tolist()
+        for param, total, count in zip(bucket, sums, counts, strict=True):
+            total = total.div_(group.size()) if average else total
+            param.grad = total.view_as(param).to(param.grad_dtype) if count else None
+
+
+def _buckets(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for param in sorted(params, key=lambda p: str(p.dtype)):
+        if bucket and (param.dtype != bucket[0].dtype or sum(p.numel() * p.element_size() for p in bucket) > _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(param)
+    if bucket:
+        yield bucket
 
 
 def total_norm(grads: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

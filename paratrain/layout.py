@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -167,15 +166,16 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             return Layout(model, model)
         reading = Reading(model)
         return Layout(model, model, settle=reading.settle, backward=reading.backward, placed=placed)
-    wrapped = ddp.replicate(model, mesh, cfg)
+    replicas = ddp.Replicas(ddp.replicate(model, mesh, cfg), mesh.weights.get_group())
     return Layout(
         model,
-        partial(ddp.run, wrapped),
-        wrapped.no_sync,
+        replicas,
+        replicas.no_sync,
         ranks,
-        rehearsal=wrapped.no_sync,
+        rehearsal=replicas.no_sync,
+        reduce=replicas.reduce,
         context=sequences,
-        backward=ddp.backward,
+        backward=replicas.backward,
     )
 
 

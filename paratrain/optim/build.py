@@ -74,6 +74,26 @@ def build(options: OptimizerConfig, model: nn.Module, elsewhere: Collection[str]
     return built
 
 
+def add(optimizers: list[torch.optim.Optimizer], options: OptimizerConfig, model: nn.Module, names: Collection[str]) -> None:
+    """Let `optimizers`, which `build` made, update further parameters of `model` too, each as if it had been trained from the start."""
+    by_class = {type(optimizer): optimizer for optimizer in optimizers}
+    every = [name for name, _ in model.named_parameters()]
+    patterns = [pattern for group in options.groups for pattern in ([group.match] if isinstance(group.match, str) else group.match)]
+    for made in build(options, model, (*every, *patterns)):
+        for group in made.param_groups:
+            chosen = [(name, param) for name, param in zip(group["param_names"], group["params"], strict=True) if name in names]
+            if not chosen:
+                continue
+            if type(made) not in by_class:
+                by_class[type(made)] = made
+                optimizers.append(made)
+                break  # all that it updates is new
+            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            by_class[type(made)].add_param_group(
+                {**settings, "params": [param for _, param in chosen], "param_names": [name for name, _ in chosen]}
+            )
+
+
 def undecayed(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay leaves alone: those of norm modules, biases, and anything with fewer than two dims."""
     return {

@@ -37,6 +37,13 @@ class EMA:
         weights = [param.detach().to(average) for param, average in zip(params, averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - self.options.decay)
 
+    def follow(self, names: Mapping[torch.Tensor, str]) -> None:
+        """Average these parameters from now on: what is new starts as it is, what is gone is forgotten."""
+        self._averages = {
+            param: self._averages[param] if param in self._averages else param.detach().to(_wide(param), copy=True) for param in names
+        }
+        self._names = dict(names)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the average for its weights; afterwards it has its own again, bit by bit."""

@@ -36,7 +36,9 @@ class UpdateInBackward:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     if isinstance(param, DTensor) or not self._sharded:
-                        param.register_post_accumulate_grad_hook(partial(self._update, optimizer, group))
+                        hook = partial(self._update, optimizer, group)
+                        hook.__module__ = __name__  # type: ignore[attr-defined]
+                        param.register_post_accumulate_grad_hook(hook)
 
     def _update(self, optimizer: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor) -> None:
         assert param.grad is not None

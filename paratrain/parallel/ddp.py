@@ -1,6 +1,7 @@
 """Replicated data parallelism: torch's DistributedDataParallel, told what the config asks."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from paratrain import gradients
 from paratrain.batch import map_tensors, tensors
 from paratrain.compat import spend_warning_of_unused, sync_buffers_in_forward
 from paratrain.config import DDP, Config
@@ -77,7 +79,41 @@ def _no_parameters(module: torch.nn.Module, args: Any, output: Any) -> Any:
     return None
 
 
-def run(wrapped: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+class Replicas:
+    """A replicated model, and which of its gradients are not averaged yet.
+
+    DistributedDataParallel averages in the backward of its own forward, outside of `no_sync`, the gradients of what was trained when it
+    was made. All else is averaged by `reduce`: after a forward of the bare module, a last micro-batch under `no_sync`, and for
+    parameters that are trained since later.
+    """
+
+    def __init__(self, wrapped: DistributedDataParallel, group: dist.ProcessGroup):
+        self.wrapped, self.group = wrapped, group
+        self.no_sync = wrapped.no_sync
+        self._known = {param for param in wrapped.module.parameters() if param.requires_grad}
+        self._late: tuple[int, list[torch.Tensor]] = (0, [])  # of how many parameters those that came later were sought
+        self._averages = False  # the backward to come
+        self._left = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._averages = torch.is_grad_enabled() and self.wrapped.require_backward_grad_sync
+        return _run(self.wrapped, *args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        _backward(loss)
+        self._left, self._averages = not self._averages, False
+
+    def reduce(self, params: Sequence[torch.Tensor]) -> None:
+        """Average what is not. Every rank must call it."""
+        if len(params) != self._late[0]:
+            self._late = len(params), [param for param in params if param not in self._known]
+        late = params if self._left else self._late[1]
+        self._left = False
+        if late:
+            gradients.reduce(late, self.group, average=True)
+
+
+def _run(wrapped: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
     """Its forward, where torch may notice that the step before left parameters without a gradient."""
     try:
         return wrapped(*args, **kwargs)
@@ -91,7 +127,7 @@ def run(wrapped: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def backward(loss: torch.Tensor) -> None:
+def _backward(loss: torch.Tensor) -> None:
     """The backward of a loss, where torch may notice that a gradient comes a second time."""
     try:
         loss.backward()

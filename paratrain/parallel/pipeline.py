@@ -31,7 +31,6 @@ from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
 from paratrain.parallel.pipeline_split import Crossing, Stages, drop, split
 
 log = logging.getLogger(__name__)
-_BUCKET = 32 << 20  # bytes of gradients reduced at once
 Calls = Sequence[tuple[Any, Callable]]  # for each micro-batch its inputs, and what calls a module with them
 Around = Callable[[int, int], AbstractContextManager]  # (stage, micro-batch) -> context of its forward
 
@@ -213,10 +212,16 @@ class Pipeline:
         self._shared = [name for name, ranks in made.holders.items() if len(ranks) > 1]
         names = {param: name for name, param in self.model.named_parameters()}
         self._lent = {param for param, name in names.items() if made.holders[name][0] != self.rank}  # counted by another rank
+        self.state = made.state
         self.elsewhere = [name for name, ranks in made.holders.items() if self.rank not in ranks]
         self._deferred = defer(self.model) if self.planned.splits_backward else None
         made.split.alone = self.forward
         made.split.refresh()
+
+    def forget(self) -> None:
+        """What is trained has changed: find out again what crosses the boundaries."""
+        self.split.routes.clear()
+        self.split.answers.clear()
 
     def largest(self, value: float) -> float:
         """The largest of the values that the stages have."""
@@ -302,16 +307,7 @@ class Pipeline:
         self._sum_shared()
         if self._sharded or self._data_group.size() == 1:
             return
-        for bucket in _buckets(params):
-            # fp32 at least, and after each gradient whether this rank had one
-            wide = torch.promote_types(bucket[0].dtype, torch.float32)
-            parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(wide) for p in bucket]
-            used = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=parts[0].device)
-            flat = torch.cat([*parts, used])
-            dist.all_reduce(flat, group=self._data_group)
-            *sums, users = flat.split([*(p.numel() for p in bucket), len(bucket)])
-            for param, total, count in zip(bucket, sums, users.tolist(), strict=True):
-                param.grad = total.view_as(param).to(param.grad_dtype) if count else None
+        gradients.reduce(params, self._data_group, average=False)
 
     def _sum_shared(self) -> None:
         """Each holder of a shared weight sends its gradient to the others; all add them in the order of the ranks, to the same bits."""
@@ -402,17 +398,6 @@ class Pipeline:
 def planned_last(made: Cut) -> int:
     """The rank of the last stage."""
     return made.planned.rank_of[-1]
-
-
-def _buckets(params: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    bucket: list[torch.Tensor] = []
-    for param in sorted(params, key=lambda p: str(p.dtype)):
-        if bucket and (param.dtype != bucket[0].dtype or sum(p.numel() * p.element_size() for p in bucket) > _BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(param)
-    if bucket:
-        yield bucket
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,12 @@ real ones arrive from the stage before.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from paratrain.errors import UserError
 
@@ -39,6 +41,15 @@ class Ghost(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype}, hangs on {self.origin})"
+
+    def requires_grad_(self, requires_grad: bool = True) -> Ghost:
+        return self  # the stage that holds it trains it or does not
+
+    def register_hook(self, hook: Any) -> RemovableHandle:
+        return RemovableHandle(OrderedDict())  # it is called where the weight is
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> RemovableHandle:
+        return RemovableHandle(OrderedDict())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +19,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
+from paratrain import gradients
 from paratrain.batch import map_tensors, tensors
-from paratrain.compat import gather_before_backward, is_view, make_root, track_gradients, without_communication
+from paratrain.compat import finish_backward, gather_before_backward, is_view, make_root, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel.call_order import CallOrder
 from paratrain.parallel.shard_uses import Uses
 from paratrain.precision import POLICIES, accumulate
+
+
+@dataclass
+class Kept:
+    """Gradients that stay on their rank: whether those of a backward now would, and whether those of the last one did."""
+
+    keeps: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class ShardedModel:
         order: in which this rank calls the blocks; None without blocks.
         used: parameters that got a gradient from this rank since the last `reduce`.
         uses: what watches how weights are used; None until `watch`.
+        kept: what of `no_sync` is going on, and whether the last backward was inside.
     """
 
     model: nn.Module
@@ -50,6 +60,7 @@ class ShardedModel:
     order: CallOrder | None = None
     used: set[torch.Tensor] = field(default_factory=set)
     uses: Uses | None = None
+    kept: Kept = field(default_factory=Kept)
 
     def watch(self) -> ShardedModel:
         """This model, watched for uses of weights that `fully_shard` does not see; its weights must have their values."""
@@ -67,6 +78,7 @@ class ShardedModel:
         assert self.uses is not None
         with self._naming(), self.uses.differentiating(loss):
             loss.backward()
+        self.kept.left = self.kept.keeps
 
     def end_step(self) -> None:
         if self.uses is not None:
@@ -96,9 +108,11 @@ class ShardedModel:
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(self.options.reduce_each_micro_batch)
         model.set_reshard_after_backward(self.options.reshard_after_forward is not False)
+        self.kept.keeps = True
         try:
             yield
         finally:
+            self.kept.keeps = False
             model.set_requires_gradient_sync(True)
             model.set_reshard_after_backward(True)
 
@@ -124,17 +138,23 @@ class ShardedModel:
                 module.reshard()
 
     def reduce(self, params: Sequence[torch.Tensor]) -> None:
-        """Average the gradients of whole parameters over the data ranks, as FSDP did those of sharded ones."""
+        """Average the gradients of whole parameters over the data ranks, as FSDP did those of sharded ones.
+
+        Where the last backward was under `no_sync`, too, those of sharded ones are reduced here.
+        """
+        if self.kept.left:
+            self.kept.left = False
+            finish_backward(self.model)
+            self.settle()
         whole = [param for param in params if not isinstance(param, DTensor)]
         self.used.update(param for param in whole if param.grad is not None)
         whole = [param for param in whole if param.numel()]
         if not whole:
             return
-        wide = reduce(torch.promote_types, (p.dtype for p in whole), torch.float32)
-        flat = torch.stack([(torch.zeros_like(p) if p.grad is None else p.grad).to(wide) for p in whole]).div_(self.group.size())
-        dist.all_reduce(flat, group=self.group)
-        for param, grad in zip(whole, flat.unbind(), strict=True):
-            param.grad = grad.to(param.grad_dtype, copy=True)
+        for param in whole:  # a zero where another rank may have one; who used it is known from `used`
+            if param.grad is None:
+                param.grad = torch.zeros_like(param, dtype=param.grad_dtype)
+        gradients.reduce(whole, self.group, average=True, everywhere=True)
 
 
 def shard(

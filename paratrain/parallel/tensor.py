@@ -27,6 +27,7 @@ from paratrain.parallel.tp_attention import shardable_attention
 from paratrain.parallel.tp_plan import NOTHING, Placement, Plan, example, make
 from paratrain.parallel.tp_rules import refuse_writes_into_copies
 from paratrain.parallel.tp_split import Peers, Split, order
+from paratrain.parallel.whole_view import LaidOut
 
 log = logging.getLogger(__name__)
 _WATCHED = 4  # forwards
@@ -252,7 +253,7 @@ def _on_gather(plan: Plan) -> Callable[[str, list[Split], str], None]:
 class _ReadingParts(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if isinstance(value, DTensor):
+        if isinstance(value, DTensor) and type(value) is not LaidOut:
             peers, how, path = self.__dict__["_tensor_parallel"]
             if value.device_mesh.ndim == 1 and value.device_mesh.size() == peers.size:
                 with torch._C.DisableTorchFunction():  # reading a weight is no operation of the forward, which stages of a pipeline number

@@ -1,0 +1,204 @@
+"""What a program does with an engine's gradients, optimizers and weights by itself, between the engine's own steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from paratrain import gradients
+from paratrain.build import locate
+from paratrain.errors import UserError
+from paratrain.totals import or_one
+
+if TYPE_CHECKING:
+    from paratrain.engine import Engine
+
+
+def clear(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Drop the gradients that something else has left, as `zero_grad` in front of a step does; returns whose they were."""
+    left = [param for param in params if param.grad is not None]
+    for param in left:
+        param.grad = None
+    return left
+
+
+def begin_backward(engine: Engine) -> None:
+    """What comes before a backward in a loop of the program's own; raises `UserError` as `Engine.backward`."""
+    engine._changes.follow_once()
+    if engine._reduced is not None:
+        raise UserError("backward() after clip_grad_norm_() in one step: the gradients are clipped already; call engine.step() first")
+    if engine._true is not None:
+        if all(param.grad is None for param in engine._params):  # zero_grad() by hand
+            engine._window = None
+            engine._losses.begin()
+        elif engine._changes.hooks:
+            raise UserError(
+                "backward() a second time in a step, and the hooks on gradients have run: put with engine.no_sync(): around every micro-batch but the last"
+            )
+        else:
+            grads = [param.grad for param in engine._params if param.grad is not None]
+            gradients.scale(grads, 1 / engine._true[1])
+            if engine._layout.used is not None:
+                engine._layout.used.update(param for param in engine._params if param.grad is not None)
+        engine._true = None
+    if engine._window is None and not engine._foreign:
+        left = clear(engine._params)
+        if left and not engine._strays:
+            name = engine._names().get(left[0], "a parameter")
+            raise UserError(
+                f"engine.backward(): {name} has a gradient already, from a backward that is not the engine's, whose scale and share of the batch the engine "
+                "does not know; add that loss to the one of engine.backward(), or call engine.model.zero_grad() first"
+            )
+        engine._strays = False
+
+
+def bring_to_scale(engine: Engine) -> None:
+    """Make the gradients those of the mean so far: reduced, divided, and through the hooks that the program put on them."""
+    assert engine._window is not None
+    assert engine._unit is not None
+    engine._layout.reduce(engine._params)
+    totals = engine._losses.weighed(engine._totals.of_step((*engine._window, *engine._losses.sums, *engine._votes)))
+    factor = engine._unit / engine.scaler.scale / or_one(totals[1])
+    gradients.scale([param.grad for param in engine._params if param.grad is not None], factor)
+    if engine._changes.hooks:
+        engine._changes.run_hooks()
+    engine._true = totals, factor
+
+
+def watch_optimizers(engine: Engine, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse a step of theirs that is not the engine's, and let groups be added without names, in place."""
+    if engine._foreign:
+        return
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not engine._updating and engine._in_backward is None:
+            raise UserError(
+                "engine.optimizers: an optimizer's step() by hand leaves out the engine's clipping, schedule, moving average and counters; write "
+                "engine.step() in its place"
+            )
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(before)
+        add = optimizer.add_param_group
+        optimizer.add_param_group = partial(_add_group, engine, optimizer, add)  # type: ignore[method-assign]
+
+
+def _add_group(engine: Engine, optimizer: torch.optim.Optimizer, add: Callable[[dict[str, Any]], None], group: dict[str, Any]) -> None:
+    params = group["params"]
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    asked = engine.cfg.optimizer
+    if type(optimizer) is locate(
+        asked.target
+    ):  # torch keeps what the constructor was given for all groups; here it is in the configuration
+        configured = {"lr": asked.lr, "weight_decay": asked.weight_decay, **asked.args}
+        configured = {key: tuple(value) if isinstance(value, list) else value for key, value in configured.items()}
+    else:
+        configured = optimizer.param_groups[0]
+    group = {**{key: value for key, value in configured.items() if key in optimizer.defaults}, **group}
+    if optimizer.param_groups and "param_names" in optimizer.param_groups[0] and not any(isinstance(param, tuple) for param in params):
+        names = {param: name for name, param in engine.model.named_parameters()}
+        group = {"param_names": [names.get(param, f"shape {tuple(param.shape)}") for param in params], **group, "params": params}
+    add(group)
+
+
+def take_whole_states(engine: Engine) -> None:
+    """Let `engine.model.load_state_dict` take the whole model's state where this rank holds some of its stages only, in place."""
+    pipeline = engine._layout.pipeline
+    if pipeline is None:
+        return
+
+    def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        held = module.state_dict().keys()
+        for name in pipeline.state:
+            if name not in held:
+                state_dict.pop(f"{prefix}{name}", None)
+
+    engine.model.register_load_state_dict_pre_hook(drop)
+
+
+@torch.no_grad()
+def load_whole(engine: Engine, state: Mapping[str, torch.Tensor]) -> None:
+    """See `Engine.load_full_state_dict`."""
+    pipeline = engine._layout.pipeline
+    held = {name: value for name, value in engine.model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    known = held.keys() if pipeline is None else pipeline.state.keys()
+    forms = [[(name, value.shape, value.dtype) for name, value in state.items()]]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(forms, src=0)
+    given = {name: (shape, dtype) for name, shape, dtype in forms[0]}
+    missing, unknown = [name for name in known if name not in given], [name for name in given if name not in known]
+    if missing or unknown:
+        raise UserError(
+            f"load_full_state_dict: the state of rank 0 and the model differ: {len(missing)} of the model's tensors are missing ({', '.join(missing[:3]) or 'none'}), "
+            f"{len(unknown)} are not of the model ({', '.join(unknown[:3]) or 'none'})"
+        )
+    for name, (shape, dtype) in given.items():
+        value = (
+            state[name].to(engine.device).contiguous() if dist.get_rank() == 0 else torch.empty(shape, dtype=dtype, device=engine.device)
+        )
+        if dist.get_world_size() > 1:
+            dist.broadcast(value.view(-1).view(torch.uint8) if value.ndim else value.view(1).view(torch.uint8), src=0)
+        if name in held:
+            if held[name].shape != shape:
+                raise UserError(f"load_full_state_dict: {name} has shape {tuple(shape)}, the model wants {tuple(held[name].shape)}")
+            held[name].copy_(value)
+
+
+def let_copy(engine: Engine) -> None:
+    """Let `copy.deepcopy(engine.model)` give a module of the user's own classes with whole weights, where a copy of the laid-out one could not run."""
+    parts = any(isinstance(param, DTensor) for param in engine.model.parameters())
+    if parts or engine._layout.pipeline is not None:
+        engine.model.__dict__["__deepcopy__"] = partial(_whole_copy, engine)
+
+
+def _whole_copy(engine: Engine, memo: dict[int, Any]) -> nn.Module:
+    if engine._layout.pipeline is not None or engine._layout.experts.owners or engine.blueprint is None:
+        why = (
+            "the model as it was before the layout cannot be copied"
+            if engine.blueprint is None
+            else "this rank holds some stages of the model only"
+            if engine._layout.pipeline is not None
+            else "this rank holds some experts only"
+        )
+        raise UserError(
+            f"deepcopy(engine.model): {why}; for a moving average write ema={{decay: 0.999}}, for the whole weights engine.full_state_dict()"
+        )
+    engine._layout.settle()
+    twin = copy.deepcopy(engine.blueprint)
+    memo[id(engine.model)] = twin
+    live, made = dict(engine.model.named_modules(remove_duplicate=False)), {}
+    for path, module in twin.named_modules(remove_duplicate=False):
+        own = live[path]
+        module.training = own.training
+        for table, source in ((module._parameters, own._parameters), (module._buffers, own._buffers)):
+            for name, value in source.items():
+                if value is not None and id(value) not in made:
+                    made[id(value)] = _copied(value)
+                table[name] = None if value is None else made[id(value)]
+        for name, value in vars(own).items():
+            if name in vars(module) and not name.startswith("_") and _is_data(value):
+                module.__dict__[name] = copy.deepcopy(value)
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    return twin
+
+
+def _copied(value: torch.Tensor) -> Any:
+    whole = value.detach()
+    whole = (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone()
+    return nn.Parameter(whole, value.requires_grad) if isinstance(value, nn.Parameter) else whole
+
+
+def _is_data(value: Any) -> bool:
+    leaves = tree_leaves(value)
+    return all(
+        isinstance(leaf, torch.Tensor | int | float | str | None) and not isinstance(leaf, nn.Parameter | DTensor) for leaf in leaves
+    )
