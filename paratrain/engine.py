@@ -314,7 +314,8 @@ class Engine:
             raise UserError("no gradients yet: call engine.backward(loss) before clipping")
         if self._reduced is not None:
             raise UserError("clip_grad_norm_() twice in one step: the gradients are clipped already; call engine.step()")
-        if self._changes.hooks and self._true is None:
+        # stages of a pipeline must do the same, and only the one that holds a parameter knows of its hooks
+        if (self._changes.hooks or self._layout.pipeline is not None) and self._true is None:
             own_loop.bring_to_scale(self)
         factor: Scalar = 1.0
         if self._true is None:

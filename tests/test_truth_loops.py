@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import paratrain as pt
+from paratrain.errors import UserError
 from paratrain.spawn import run
 from tests.practice import BASE, LAYOUTS, TOLERANCE
 
@@ -67,10 +68,10 @@ class Qkv(nn.Module):
 class Attending(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner, self.blocks, self.out = nn.Linear(2, 8), nn.ModuleList(Qkv() for _ in range(2)), nn.Linear(8, 1)
+        self.inner, self.blocks, self.out = nn.Linear(6, 24), nn.ModuleList(Qkv() for _ in range(2)), nn.Linear(8, 1)
 
     def forward(self, x):
-        h = self.inner(x.unflatten(1, (3, 2)))  # three tokens
+        h = self.inner(x).unflatten(-1, (3, 8))  # three tokens
         for block in self.blocks:
             h = block(h)
         return self.out(h).mean(1)
@@ -366,3 +367,147 @@ def test_what_a_program_does_between_steps(layout):
             assert torch.allclose(state[key], value, rtol=0, atol=TOLERANCE), f"{name} under {layout}: {key}"
             if layout != "pp":
                 assert torch.allclose(own_state[key], value, rtol=0, atol=TOLERANCE), f"{name} under {layout}: state_dict()[{key}]"
+
+
+# ---------------------------------------------------------------- refused
+
+
+def _own_step(e):
+    e.backward(square(e(rows()[0][0]), rows()[0][1]))
+    e.optimizers[0].step()
+
+
+def _half(e):
+    e.model.half()
+    e.train_step(rows()[0])
+
+
+def _replaced(e):
+    e.model.out.weight = nn.Parameter(torch.zeros(1, 8, dtype=D))
+    e.train_step(rows()[0])
+
+
+def _never_trained(e):
+    e.model.extra = nn.Linear(8, 8, dtype=D)
+    e.train_step(rows()[0])
+
+
+def _stray(e):
+    e.model(rows()[0][0]).sum().backward()
+    e.backward(square(e(rows()[0][0]), rows()[0][1]))
+
+
+def _one_rate(e):
+    e.optimizers[0].param_groups[0]["lr"] = 0.5
+    e.train_step(rows()[0])
+
+
+def _foreign_weight(e):
+    e.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(3, dtype=D))]})
+    e.train_step(rows()[0])
+
+
+def _after_clipping(e):
+    e.backward(square(e(rows()[0][0]), rows()[0][1]))
+    e.clip_grad_norm_(1.0)
+    e.backward(square(e(rows()[0][0]), rows()[0][1]))
+
+
+def _pickled(e):
+    copy.copy(e.model.inner.weight).__reduce_ex__(2)
+
+
+REFUSED = {
+    _own_step: "write engine.step() in its place",
+    _half: "write precision=",
+    _replaced: "out.weight was",
+    _never_trained: "extra.weight was added after set-up, and no optimizer updates it",
+    _stray: "has a gradient already",
+    _one_rate: "norms and biases are a group of their own",
+    _foreign_weight: "none of the model's",
+    _after_clipping: "clipped already",
+    _pickled: "engine.full_state_dict()",
+}
+
+
+def refusals(cfg: pt.Config, programs: list[Callable]) -> list[str]:
+    said = []
+    for program in programs:
+        try:
+            program(Ours(Net, cfg))
+            said.append("nothing")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_what_cannot_be_followed_is_refused_on_every_rank(layout):
+    programs = [program for program in REFUSED if layout == "fsdp" or program not in (_replaced, _pickled)]
+    cfg = pt.load_config([*BASE, *LAYOUTS[layout]])
+    for said in run(lambda: refusals(cfg, programs), 2):
+        for program, text in zip(programs, said, strict=True):
+            assert REFUSED[program] in text, f"{program.__name__} under {layout}: {text}"
+
+
+def test_a_rate_set_by_hand_is_not_overwritten_by_a_schedule_in_silence():
+    cfg = pt.load_config([*BASE, "strategy=single", "scheduler=cosine", "scheduler.total_steps=9"])
+
+    def body():
+        e = Ours(Net, cfg)
+        for group in e.optimizers[0].param_groups:
+            group["lr"] = 0.5
+        return refusals_of(e)
+
+    def refusals_of(e):
+        try:
+            e.train_step(rows()[0])
+        except UserError as error:
+            return str(error)
+        return "nothing"
+
+    assert "scheduler=cosine: the learning rate of group 0 was set to 0.5 by hand" in run(body, 1)[0]
+
+
+# ---------------------------------------------------------------- two engines, and what is saved
+
+
+def adversaries(make: Callable[[Callable], Any]) -> tuple[list[float], list[float]]:
+    def judge() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    generator, critic = make(Net), make(judge)
+    for batch in rows():
+        x, y = generator.local(batch)
+        fake = generator(x)
+        critic.optimizers[0].zero_grad()
+        critic.backward(square(critic(torch.cat((y, fake.detach()))), torch.cat((torch.ones_like(y), torch.zeros_like(y)))))
+        critic.step()
+        generator.backward(square(critic(fake), torch.ones_like(y)))  # through the critic, whose gradients nobody wants
+        generator.step()
+    return generator.losses, critic.losses
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_the_backward_of_one_engine_leaves_nothing_in_another(layout):
+    cfg = pt.load_config([*BASE, *LAYOUTS[layout], *SGD])
+    got = run(lambda: adversaries(lambda model_fn: Ours(model_fn, cfg)), 2)[0]
+    expected = adversaries(lambda model_fn: Plain(model_fn, sgd=True))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert all(abs(a - b) <= TOLERANCE * max(1, abs(b)) for a, b in zip(mine, theirs, strict=True)), (layout, mine, theirs)
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp"])
+def test_whole_weights_of_rank_0_are_loaded_under_any_layout(layout):
+    cfg = pt.load_config([*BASE, *LAYOUTS[layout]])
+    torch.manual_seed(11)
+    state = Attending().double().state_dict()
+
+    def body():
+        e = Ours(Attending, cfg)
+        e.load_full_state_dict(state if e.is_main_process else {})
+        return e.full_state_dict()
+
+    got = run(body, 2)[0]
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[name], value) for name, value in state.items())

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import gradients
 from paratrain.batch import map_tensors, tensors
-from paratrain.compat import finish_backward, gather_before_backward, is_view, make_root, track_gradients, without_communication
+from paratrain.compat import gather_before_backward, is_view, make_root, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -144,8 +144,8 @@ class ShardedModel:
         """
         if self.kept.left:
             self.kept.left = False
-            finish_backward(self.model)
-            self.settle()
+            assert self.uses is not None
+            self.uses.reduce_kept()
         whole = [param for param in params if not isinstance(param, DTensor)]
         self.used.update(param for param in whole if param.grad is not None)
         whole = [param for param in whole if param.numel()]

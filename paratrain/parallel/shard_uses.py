@@ -90,14 +90,25 @@ class Uses:
         try:
             yield
             if unfinished := [group for group in self._groups if group.unfinished()]:
-                for group in unfinished:
-                    group.finish()
-                compat.wait_for_reductions(self.model)
+                self._finish(unfinished)
         finally:
             self.backward = self.training = False
             self.watch(False)
         self._refuse_writes()
         self._announce()
+
+    def reduce_kept(self) -> None:
+        """Reduce the gradients that a backward kept on their rank, and free what is gathered; every rank must."""
+        self.backward = True
+        try:
+            self._finish(self._groups)
+        finally:
+            self.backward = False
+
+    def _finish(self, groups: Iterable[compat.WeightGroup]) -> None:
+        for group in groups:
+            group.finish()
+        compat.wait_for_reductions(self.model)
 
     def end_step(self) -> None:
         """The weights of this step are updated."""

@@ -89,6 +89,7 @@ class Views:
             model.named_parameters() if not layout.experts.owners else ()
         )  # a rank of ep holds experts that others do not have by that name
         self._params = [(name, param) for name, param in named if isinstance(param, DTensor)]
+        self._kinds: list[type] = [DTensor] * len(self._params)  # what they are to the engine: plain, or watched in the course of a step
         for name, param in self._params:
             param._source = Source(self, name, orders.get(name), param=param)  # type: ignore[attr-defined]
         if self._params:
@@ -119,12 +120,13 @@ class Views:
             self._hide()
 
     def _show(self) -> None:
-        for _, param in self._params:
+        for number, (_, param) in enumerate(self._params):
+            self._kinds[number] = type(param)
             param.__class__ = LaidOut  # type: ignore[assignment]
 
     def _hide(self) -> None:
-        for _, param in self._params:
-            param.__class__ = DTensor  # type: ignore[assignment]
+        for (_, param), kind in zip(self._params, self._kinds, strict=True):
+            param.__class__ = kind
             grad = param.grad
             if type(grad) is LaidOut:
                 grad.__class__ = DTensor  # type: ignore[assignment]
