@@ -350,6 +350,18 @@ class WeightGroup:
             for param in group.fsdp_params
         )
 
+    def drop_gradients(self) -> list[torch.Tensor]:
+        """Drop the gradients of its gathered weights that are not reduced; returns the parameters whose they were."""
+        found = []
+        for param in self._group.fsdp_params:
+            whole = getattr(param, "_unsharded_param", None)
+            if param.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+                found.append(param.sharded_param)
+                param.unsharded_accumulated_grad = None
+                if whole is not None:
+                    whole.grad = None
+        return found
+
     def finish(self) -> None:
         """Reduce what there is and free the gathered weights, as hooks do in the course of backward."""
         self._finish()

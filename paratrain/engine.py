@@ -186,7 +186,7 @@ class Engine:
         if self.cfg.trainer.loss_check:
             self._watch = self._proof.begin(share, micro, self.mesh.loss.size(), self.micro_batch_size)
         if not self._foreign:
-            own_loop.clear(self._params)
+            own_loop.clear(self)
         with rng.preserved(self.device):
             if (pipeline := self._layout.pipeline) is not None:
                 self._train_stages(pipeline, micro)

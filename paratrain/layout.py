@@ -46,6 +46,7 @@ class Layout:
         pipeline: runs whole steps over the stages, where there are several.
         backward: runs the backward of a scaled loss.
         end_step: called when the weights of a step are updated.
+        drop_gradients: drops those that lie elsewhere than at parameters, and returns the parameters whose they were.
         placed: what tensor parallelism split.
         context: splits sequences, where several ranks share each.
         experts: whose experts the ranks of ep hold.
@@ -64,6 +65,7 @@ class Layout:
     pipeline: Pipeline | None = None
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     end_step: Callable[[], None] = lambda: None
+    drop_gradients: Callable[[], list[torch.Tensor]] = list
     placed: Placed = field(default_factory=Placed)
     context: Context | None = None
     experts: experts.Experts = field(default_factory=experts.Experts)
@@ -151,6 +153,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
             rehearsal=sharded.rehearsal,
             backward=sharded.backward,
             end_step=sharded.end_step,
+            drop_gradients=sharded.drop_gradients,
             placed=placed,
             context=sequences,
             experts=dealt,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from paratrain.engine import Engine
 
 
-def clear(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def clear(engine: Engine) -> list[torch.Tensor]:
     """Drop the gradients that something else has left, as `zero_grad` in front of a step does; returns whose they were."""
-    left = [param for param in params if param.grad is not None]
+    left = [param for param in engine._params if param.grad is not None]
     for param in left:
         param.grad = None
+    left += engine._layout.drop_gradients()
+    if left and engine._layout.used is not None:
+        engine._layout.used.clear()
     return left
 
 
@@ -50,7 +53,7 @@ def begin_backward(engine: Engine) -> None:
                 engine._layout.used.update(param for param in engine._params if param.grad is not None)
         engine._true = None
     if engine._window is None and not engine._foreign:
-        left = clear(engine._params)
+        left = clear(engine)
         if left and not engine._strays:
             name = engine._names().get(left[0], "a parameter")
             raise UserError(
@@ -171,7 +174,8 @@ def _whole_copy(engine: Engine, memo: dict[int, Any]) -> nn.Module:
         raise UserError(
             f"deepcopy(engine.model): {why}; for a moving average write ema={{decay: 0.999}}, for the whole weights engine.full_state_dict()"
         )
-    engine._layout.settle()
+    with engine._views:
+        engine._layout.settle()
     twin = copy.deepcopy(engine.blueprint)
     memo[id(engine.model)] = twin
     live, made = dict(engine.model.named_modules(remove_duplicate=False)), {}

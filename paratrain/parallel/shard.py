@@ -80,6 +80,9 @@ class ShardedModel:
             loss.backward()
         self.kept.left = self.kept.keeps
 
+    def drop_gradients(self) -> list[torch.Tensor]:
+        return self.uses.drop_gradients() if self.uses is not None else []
+
     def end_step(self) -> None:
         if self.uses is not None:
             self.uses.end_step()

@@ -97,6 +97,10 @@ class Uses:
         self._refuse_writes()
         self._announce()
 
+    def drop_gradients(self) -> list[torch.Tensor]:
+        """Drop what a backward that was not the engine's has left at gathered weights; returns the parameters whose it was."""
+        return [param for group in self._groups for param in group.drop_gradients()]
+
     def reduce_kept(self) -> None:
         """Reduce the gradients that a backward kept on their rank, and free what is gathered; every rank must."""
         self.backward = True
