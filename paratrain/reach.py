@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from paratrain.parallel.pipeline_ghost import Ghost
+
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "nothing"})()
 """What a slot holds that does not exist yet."""
 
@@ -123,7 +125,7 @@ def _module_slots(path: str, module: nn.Module, trained: bool) -> Iterator[Slot]
         for name in module._buffers:
             yield Slot(f"{at}{name}", module._buffers, name, "buffer", name not in module._non_persistent_buffers_set)
     for name, param in module._parameters.items():
-        if param is not None and (trained or not param.requires_grad):
+        if param is not None and not isinstance(param, Ghost) and (trained or not param.requires_grad):
             yield Slot(f"{at}{name}", module._parameters, name, "parameter", True)
     if not type(module).__module__.startswith("paratrain.precision"):
         for name in vars(module):

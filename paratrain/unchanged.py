@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from paratrain import rng
+from paratrain.parallel.pipeline_ghost import Ghost
 
 _DEPTH = 3  # a closure over an object that holds a list
 _LARGEST = 1 << 24  # elements: what is larger is data, and no state
@@ -46,7 +47,7 @@ def _remember(thing: Any, undo: list[Callable[[], Any]], seen: set[int], depth: 
         return
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
-        if thing.is_leaf and not (thing.is_meta or isinstance(thing, nn.Parameter | DTensor) or thing.numel() > _LARGEST):
+        if thing.is_leaf and not (thing.is_meta or isinstance(thing, nn.Parameter | DTensor | Ghost) or thing.numel() > _LARGEST):
             undo.append(functools.partial(_copy_back, thing, thing.detach().clone()))
     elif isinstance(thing, np.ndarray):
         if thing.size <= _LARGEST and thing.flags.writeable:
