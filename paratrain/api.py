@@ -68,6 +68,8 @@ def _set_up(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: C
     blueprint = _blueprint(planned.model)
     trainable = {name for name, param in planned.model.named_parameters(remove_duplicate=False) if param.requires_grad}
     laid_out = layout.apply(planned, axes, cfg, device)
+    if laid_out.pipeline:
+        laid_out.pipeline.split.read = loss_fn
     elsewhere = laid_out.pipeline.elsewhere if laid_out.pipeline else laid_out.experts.elsewhere
     optimizers = optim.build(cfg.optimizer, laid_out.model, trainable.intersection(elsewhere))
     if cfg.memory.offload == "optimizer":

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.parallel import DistributedDataParallel
@@ -427,6 +428,24 @@ def recent_collectives() -> list[dict[str, Any]]:
         return json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
     except (ImportError, RuntimeError, TypeError, ValueError):
         return []
+
+
+@contextmanager
+def no_reentrant_checkpoints() -> Iterator[None]:
+    """Let `torch.utils.checkpoint` work without its reentrant autograd function inside, which builds no graph that others could extend."""
+    module: Any = torch.utils.checkpoint
+    reentrant = module.CheckpointFunction
+    module.CheckpointFunction = _Checkpoint
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = reentrant
+
+
+class _Checkpoint:
+    @staticmethod
+    def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def plain_functions() -> Any:

@@ -678,7 +678,7 @@ class Engine:
         calls = self._calls([(each, None, 0) for each in inputs])
         with self._policy.autocast(self.device.type):
             if self._layout.pipeline is None:
-                return [call(self.model) for _, call in calls]
+                return [call(self.model, inputs) for inputs, call in calls]
             found: list[Any] = []
             self._layout.pipeline.evaluate(calls, lambda stage, number: nullcontext(), lambda number, outputs: found.append(outputs))
             return found
@@ -746,7 +746,7 @@ class Engine:
 
     def _calls(self, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Callable]]:
         inputs = [self._policy.cast_inputs(batches.to_device(part, self.device)) for part, _, _ in micro]
-        return [(part, partial(batches.call, inputs=part)) for part in inputs]
+        return [(part, batches.call) for part in inputs]
 
     def _backward(self, total: torch.Tensor, count: Any) -> None:
         scaled = self._to_differentiate(total, count)

@@ -67,8 +67,8 @@ class DeepSpeedPipeline(Pipeline):
     def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor]) -> None:
         from deepspeed.runtime.pipe import p2p
 
-        _, routes = self._kinds(calls)
-        self._step = _Step(calls, routes, around, finish)
+        _, routes, ready = self._ready(calls)
+        self._step = _Step(ready, routes, around, finish)
         p2p.init_process_groups(self.engine.grid)  # a variable of its module: another engine of this process may have set it
         self.engine.micro_batches = len(calls)
         self.engine.set_dataiterator(iter([(torch.zeros(()), torch.zeros(()))] * len(calls)))  # every stage has the inputs already
@@ -94,7 +94,7 @@ class DeepSpeedPipeline(Pipeline):
         step, number = self._step, self._step.number
         arrived = list(received) if self.rank else []
         with step.around(self.rank, number):
-            outputs = self.split.run(step.calls[number][1], self.rank, step.routes[number], arrived)
+            outputs = self.split.run(step.calls[number], self.rank, step.routes[number], arrived)
         step.number += 1
         if self.is_last:
             step.arrived = arrived
@@ -134,7 +134,7 @@ class _Stage(nn.Module):
 class _Step:
     """One step: its micro-batches, and which comes next."""
 
-    def __init__(self, calls: Calls, routes: list, around: Around, finish: Callable):
+    def __init__(self, calls: Sequence[Callable[[nn.Module], Any]], routes: list, around: Around, finish: Callable):
         self.calls, self.routes, self.around, self.finish = calls, routes, around, finish
         self.number = 0
         self.arrived: list[torch.Tensor] = []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import blocks, pipeline_schedule, pipeline_uses
+from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_deferred import defer
 from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
-from paratrain.parallel.pipeline_split import Crossing, Stages, drop, split
+from paratrain.parallel.pipeline_split import Stages, drop, split
+from paratrain.parallel.pipeline_trace import Route
 
 log = logging.getLogger(__name__)
-Calls = Sequence[tuple[Any, Callable]]  # for each micro-batch its inputs, and what calls a module with them
+Calls = Sequence[tuple[Any, Callable]]  # for each micro-batch its inputs, and what calls a module with (module, inputs)
 Around = Callable[[int, int], AbstractContextManager]  # (stage, micro-batch) -> context of its forward
 
 
@@ -67,12 +70,22 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     state = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     ready = split(model, [name for name, _ in units], firsts, device)
     holders = _holders(model, ready, units, positions, cfg.pipeline.place, planned)
+    ready.holds = lambda name, stage: planned.rank_of[stage] in holders[name]
     mine = mesh.root["pp"].get_local_rank()
     if distributed.rank() == 0:
         log.info("%s", _text(planned, units, firsts, cfg))
-    drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
+    ready.swap(name for name, param in model.named_parameters(remove_duplicate=False) if _is_stray(name, units, ready, holders, planned))
+    ready.dropped = drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
     held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
     return Cut(ready, planned, holders, state, held)
+
+
+def _is_stray(
+    name: str, units: Sequence[tuple[str, nn.Module]], ready: Stages, holders: dict[str, tuple[int, ...]], planned: pipeline_schedule.Plan
+) -> bool:
+    """Whether a weight of a block is held by ranks that do not run the block."""
+    index = next((index for index, (unit, _) in enumerate(units) if name.startswith(f"{unit}.")), None)
+    return index is not None and holders[name] != (planned.rank_of[ready.stage(index)],)
 
 
 def describe(model: nn.Module, cfg: Config) -> str:
@@ -107,16 +120,17 @@ def _planned(
         )
     positions = _positions(model, units)
     costs = [float(sum(param.numel() for param in block.parameters())) for _, block in units]
+    inside = {param for _, block in units for param in block.parameters()}
     for name, param in model.named_parameters():
-        if name in positions:
+        if name in positions and param not in inside:
             costs[min(positions[name][0], len(units) - 1)] += param.numel()
     return planned, units, positions, _firsts([name for name, _ in units], costs, stages, options.cuts)
 
 
 def _positions(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> dict[str, list[int]]:
-    """Name of each parameter outside the blocks -> how many blocks are done where forward uses it.
+    """Name of each parameter outside the blocks, and of those in blocks that are used outside of these, -> how many blocks are done there.
 
-    Found by running it once; where nothing shows what inputs it takes, how many blocks are defined before the parameter.
+    Found by running forward once; where nothing shows what inputs it takes, how many blocks are defined before the parameter.
     """
     cuttable = {block for _, block in units}
     inside = {module for block in cuttable for module in block.modules()}
@@ -127,8 +141,9 @@ def _positions(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> dict
             for key, param in module._parameters.items():
                 if param is not None:
                     defined[f"{path}.{key}" if path else key] = seen
-    used = pipeline_uses.find(model, [name for name, _ in units], list(defined))
-    return {name: used.get(name) or [position] for name, position in defined.items()}
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    used = pipeline_uses.find(model, [name for name, _ in units], every)
+    return {name: used.get(name) or [defined[name]] for name in every if name in defined or name in used}
 
 
 def _firsts(names: list[str], costs: list[float], stages: int, cuts: Sequence[str] | None) -> list[int]:
@@ -174,22 +189,32 @@ def _holders(
     for index, (_, block) in enumerate(units):
         for param in block.parameters():
             stages_of.setdefault(id(param), set()).add(ready.stage(index))
+    inside, also = set(stages_of), []
     unused = set(place)
     for name, param in names:
-        if name not in positions:
-            continue
         pattern = next((pattern for pattern in place if fnmatchcase(name, pattern)), None)
-        stages = {ready.stage(min(position, len(units) - 1)) for position in positions[name]}
+        if name not in positions and pattern is None:
+            continue
+        stages = {ready.stage(min(position, len(units) - 1)) for position in positions.get(name, ())}
         if pattern is not None:
             unused.discard(pattern)
             asked = place[pattern] if isinstance(place[pattern], list) else [place[pattern]]
             if not all(isinstance(stage, int) and -ready.stages <= stage < ready.stages for stage in asked):
                 raise UserError(f"pipeline.place: {pattern!r}: {asked} are not numbers of stages; there are {ready.stages}, from 0")
             stages = {stage % ready.stages for stage in asked}
+        if id(param) in inside and not stages <= stages_of[id(param)]:
+            also.append(name)
         stages_of.setdefault(id(param), set()).update(stages)
     if unused:
         raise UserError(
-            f"pipeline.place: {sorted(unused)[0]!r} matches no parameter outside the blocks; those are {', '.join(list(positions)[:6]) or 'none'}"
+            f"pipeline.place: {sorted(unused)[0]!r} matches no parameter; those outside the blocks are {', '.join(list(positions)[:6]) or 'none'}"
+        )
+    if also and distributed.rank() == 0:
+        log.warning(
+            "pipeline: %d weights of blocks are used outside of their block, so other stages hold them too (%s%s)",
+            len(also),
+            ", ".join(also[:4]),
+            ", ..." if len(also) > 4 else "",
         )
     return {name: tuple(sorted({planned.rank_of[stage] for stage in stages_of[id(param)]})) for name, param in names}
 
@@ -269,7 +294,7 @@ class Pipeline:
             )
         results: list[Any] = []
         self.evaluate(
-            [((args, kwargs), lambda module: module(*args, **kwargs))],
+            [((args, kwargs), lambda module, inputs: module(*inputs[0], **inputs[1]))],
             lambda stage, micro: nullcontext(),
             lambda micro, out: results.append(out),
         )
@@ -277,25 +302,20 @@ class Pipeline:
         dist.broadcast_object_list(box, group=self.group, group_src=planned_last(self._made))
         return box[0]
 
-    def _kinds(self, calls: Calls) -> tuple[list[Any], list[list[Crossing]]]:
-        """For each micro-batch what its shapes depend on, and what crosses the boundaries."""
+    def _ready(self, calls: Calls) -> tuple[list[Any], list[Route], list[Callable[[nn.Module], Any]]]:
+        """For each micro-batch what its shapes depend on, how it passes through the stages, and what calls a module with it."""
         kinds = [kind_of(inputs, self.model.training) for inputs, _ in calls]
-        return [shapes for _, shapes in kinds], [self.split.route(kind, call) for (kind, _), (_, call) in zip(kinds, calls, strict=True)]
+        routes = [self.split.route(kind, inputs, call) for (kind, _), (inputs, call) in zip(kinds, calls, strict=True)]
+        ready: list[Callable[[nn.Module], Any]] = [
+            partial(_call_with, inputs, call, route) for (inputs, call), route in zip(calls, routes, strict=True)
+        ]
+        return [shapes for _, shapes in kinds], routes, ready
 
     def _pass(self, calls: Calls, around: Around, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
-        kinds, routes = self._kinds(calls)
-        run = Pass(
-            self.split,
-            self._wire,
-            self.planned.rank_of,
-            [call for _, call in calls],
-            kinds,
-            routes,
-            around,
-            finish,
-            self._deferred,
-        )
-        run.run(orders[self.rank])
+        kinds, routes, ready = self._ready(calls)
+        run = Pass(self.split, self._wire, self.planned.rank_of, ready, kinds, routes, around, finish, self._deferred)
+        with self.split.whole_lists():
+            run.run(orders[self.rank])
 
     # ------------------------------------------------------------------ gradients
 
@@ -393,6 +413,11 @@ class Pipeline:
             return beside[0]
         index = next((i for i, block in enumerate(self.split.names) if name.startswith(f"{block}.")), None)
         return (0,) if index is None else (self.planned.rank_of[self.split.stage(index)],)
+
+
+def _call_with(inputs: Any, call: Callable, route: Route, module: nn.Module) -> Any:
+    # every stage and every trace runs forward from its start, so what it writes into its inputs is written into a copy
+    return call(module, places.replaced(inputs, torch.clone) if route.writes else inputs)
 
 
 def planned_last(made: Cut) -> int:

@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_flatten
 from paratrain import batch as batches
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_deferred import Deferred
+from paratrain.parallel.pipeline_ghost import Ghost, NeedsValues
 from paratrain.parallel.pipeline_schedule import Action
-from paratrain.parallel.pipeline_split import Crossing, Stages
+from paratrain.parallel.pipeline_split import Stages
+from paratrain.parallel.pipeline_trace import Route
 
 Call = Callable[[nn.Module], Any]  # calls a module with the inputs of a micro-batch
 
@@ -64,22 +66,28 @@ class Wire:
         return tensors, works
 
     def send_forms(self, key: Any, tensors: Sequence[torch.Tensor], peer: int) -> None:
-        """Tell the shapes, once for each `key`.
+        """Tell the shapes, once for each `key`, and each time which of the tensors told to be constants are so still.
 
         Raises:
             UserError: they are not those told before.
         """
         forms = [Form(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in tensors]
-        if self.forms.setdefault(key, forms) is not forms:
-            if self.forms[key] != forms:
-                raise UserError(
-                    "parallel.pp: the shapes of what a stage hands on depend on the values in the batch "
-                    f"({self.forms[key]} before, {forms} now for inputs of the same shapes); train with parallel.pp=1"
-                )
+        if key not in self.forms:
+            self.forms[key] = forms
+            text = torch.frombuffer(bytearray(json.dumps(forms).encode()), dtype=torch.uint8).to(self.device)
+            self._post(torch.tensor([text.numel()], device=self.device), peer)
+            self._post(text, peer)
             return
-        text = torch.frombuffer(bytearray(json.dumps(forms).encode()), dtype=torch.uint8).to(self.device)
-        self._post(torch.tensor([text.numel()], device=self.device), peer)
-        self._post(text, peer)
+        told = self.forms[key]
+        if [form[:2] for form in told] != [form[:2] for form in forms]:
+            raise UserError(
+                "parallel.pp: the shapes of what a stage hands on depend on the values in the batch "
+                f"({told} before, {forms} now for inputs of the same shapes); train with parallel.pp=1"
+            )
+        if constant := _may_change(told):  # requires_grad may be switched on while training goes on; off, gradients come back for nothing
+            now = torch.tensor([forms[number].differentiable for number in constant], dtype=torch.uint8, device=self.device)
+            self._post(now, peer)
+            self._thaw(key, constant, now)
 
     def receive_forms(self, key: Any, peer: int) -> list[Form]:
         if key not in self.forms:
@@ -88,7 +96,16 @@ class Wire:
             text = torch.empty(int(size), dtype=torch.uint8, device=self.device)
             dist.recv(text, group=self.group, group_src=peer)
             self.forms[key] = [Form(tuple(shape), dtype, grad) for shape, dtype, grad in json.loads(bytes(text.tolist()))]
+        elif constant := _may_change(self.forms[key]):
+            now = torch.zeros(len(constant), dtype=torch.uint8, device=self.device)
+            dist.recv(now, group=self.group, group_src=peer)
+            self._thaw(key, constant, now)
         return self.forms[key]
+
+    def _thaw(self, key: Any, constant: Sequence[int], now: torch.Tensor) -> None:
+        for number, differentiable in zip(constant, now.tolist(), strict=True):
+            if differentiable:
+                self.forms[key][number] = self.forms[key][number]._replace(differentiable=True)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -107,7 +124,7 @@ class Pass:
     Args:
         calls: for each micro-batch, what calls the model with its inputs; the same on every stage.
         kinds: for each micro-batch, what its shapes depend on.
-        routes: for each micro-batch, the slots that cross boundaries.
+        routes: for each micro-batch, how it passes through the stages.
         around: context for the forward of (stage, micro-batch).
         finish: (micro-batch, outputs) -> what its backward starts from; called on the last stage.
         deferred: holds back gradients of weights, for schedules that compute these apart.
@@ -120,7 +137,7 @@ class Pass:
         rank_of: Sequence[int],
         calls: Sequence[Call],
         kinds: Sequence[Any],
-        routes: Sequence[list[Crossing]],
+        routes: Sequence[Route],
         around: Callable[[int, int], AbstractContextManager],
         finish: Callable[[int, Any], torch.Tensor | None],
         deferred: Deferred | None,
@@ -142,6 +159,7 @@ class Pass:
         }
         for kind, stage, micro in actions:
             (steps | transfers)[kind](stage, micro)
+        self.split.clear()
         self.wire.flush()
 
     def forward(self, stage: int, micro: int) -> None:
@@ -153,13 +171,28 @@ class Pass:
         with self.around(stage, micro):
             outputs = self.split.run(self.calls[micro], stage, self.routes[micro], received)
         if stage + 1 == self.split.stages:
-            loss = self.finish(micro, outputs)
+            loss = self._finished(stage, micro, outputs)
             outputs = [] if loss is None else [loss]
         self.open[stage, micro] = _Open(received, list(outputs))
         if stage + 1 < self.split.stages and self._peer(stage + 1) == self.rank:
             key = self._key(stage + 1, micro)
             self.wire.forms[key] = [Form(tuple(t.shape), str(t.dtype), t.requires_grad) for t in outputs]
             self.arrived["F", stage + 1, micro] = [tensor.detach() for tensor in outputs], []
+
+    def _finished(self, stage: int, micro: int, outputs: Any) -> torch.Tensor | None:
+        try:
+            loss = self.finish(micro, outputs)
+        except NeedsValues as error:
+            raise self._read_by_loss(stage, error.origin) from error
+        if isinstance(loss, Ghost):
+            raise self._read_by_loss(stage, loss.origin)
+        return loss
+
+    def _read_by_loss(self, stage: int, origin: str) -> UserError:
+        return UserError(
+            f"parallel.pp: the loss function reads {origin!r}, or what hangs on it, which its stage does not hold; return what it needs from forward, or name "
+            f"the stages that use the weight: pipeline.place={{'{origin}': {[0, stage]}}} (-1 the last), or write parallel.pp=1"
+        )
 
     def send_forward(self, stage: int, micro: int) -> None:
         outputs, peer = self.open[stage, micro].outputs, self._peer(stage + 1)
@@ -203,8 +236,7 @@ class Pass:
         self.wire.send(self.arrived.pop(("out", stage, micro))[0], self._peer(stage - 1))
 
     def receive_backward(self, stage: int, micro: int) -> None:
-        outputs = [output for output in self.open[stage, micro].outputs if output.requires_grad]
-        forms = [Form(tuple(output.shape), str(output.dtype).removeprefix("torch."), False) for output in outputs]
+        forms = [form for form in self.wire.forms[self._key(stage + 1, micro)] if form.differentiable]
         self.arrived["B", stage, micro] = self.wire.receive(forms, self._peer(stage + 1))
 
     def _grads(self, stage: int, micro: int, here: _Open) -> list[torch.Tensor | None] | None:
@@ -212,7 +244,7 @@ class Pass:
         if stage + 1 == self.split.stages:
             return None
         arrived = iter(self._take("B", stage, micro))
-        return [next(arrived) if output.requires_grad else None for output in here.outputs]
+        return [next(arrived) if form.differentiable else None for form in self.wire.forms[self._key(stage + 1, micro)]]
 
     def _start(self, here: _Open, grads: list[torch.Tensor | None] | None) -> None:
         pairs = [
@@ -239,6 +271,13 @@ class Pass:
 
     def _peer(self, stage: int) -> int:
         return self.rank_of[stage]
+
+
+def _may_change(forms: Sequence[Form]) -> list[int]:
+    """Which tensors hang on frozen weights alone, as far as was told, and may hang on trained ones later."""
+    if not torch.is_grad_enabled():
+        return []
+    return [number for number, form in enumerate(forms) if not form.differentiable and getattr(torch, form.dtype).is_floating_point]
 
 
 def kind_of(inputs: Any, training: bool) -> tuple[Any, Any]:

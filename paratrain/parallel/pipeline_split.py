@@ -9,50 +9,30 @@ A stage runs the whole forward of the user's module, unedited, with three things
 What later stages need is found once for each kind of batch: the forward runs on a twin of the module that is all ghosts, and each
 tensor computed on one stage and used on a later one is a slot of the message between them. So skip connections, residuals from the
 embedding and encoder outputs are carried, and what does not hang on weights (positions, masks) is computed again where it is used.
+What blocks leave in attributes, lists and the like for others to read (see `pipeline_places.py`) travels with the activations.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from paratrain.compat import no_reentrant_checkpoints
 from paratrain.copies import held
 from paratrain.errors import UserError
+from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
+from paratrain.parallel.pipeline_trace import MODULE, Left, Route, Slot, Trace, Watch, arguments, buffers_kept, in_order
+from paratrain.parallel.pipeline_twin import Twin
 from paratrain.parallel.tp_split import plain
-
-_BLOCK, _MODULE = "a block", "a module"  # what computes a tensor, beside functions by their names
-
-
-class Slot(NamedTuple):
-    """A tensor that the forward computes outside of the blocks, or that a block returns.
-
-    Attributes:
-        position: blocks that were done before it was computed.
-        event: number of the operation since then; -1 for what block `position` returns.
-        leaf: number of the tensor in the result of the operation.
-    """
-
-    position: int
-    event: int
-    leaf: int
-
-
-class Crossing(NamedTuple):
-    """A slot that some boundary carries: computed on stage `made` by operation `by`, last used on stage `used`."""
-
-    slot: Slot
-    by: str
-    made: int
-    used: int
 
 
 @dataclass
@@ -64,7 +44,10 @@ class Stages:
         names: of the blocks, in order.
         firsts: the first block of each stage.
         twin: a copy of the module whose weights are all ghosts.
-        routes: kind of batch -> the slots that cross boundaries.
+        dropped: weights that this rank does not hold: (module, name in it, what stands in its place).
+        holds: (name of a weight, stage) -> whether the rank of the stage holds it.
+        read: what reads the model after its forward: the loss function.
+        routes: kind of batch -> how it passes through the stages.
         visit: the forward that is running now on one stage, if any.
         alone: what a call of the module outside of a step does.
     """
@@ -76,10 +59,14 @@ class Stages:
     blocks: dict[nn.Module, int] = field(default_factory=dict)
     loose: dict[nn.Module, nn.Module] = field(default_factory=dict)  # modules with weights outside the blocks -> their twins
     swaps: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)  # weights of modules that contain blocks
-    routes: dict[Any, list[Crossing]] = field(default_factory=dict)
+    dropped: list[tuple[nn.Module, str, Ghost]] = field(default_factory=list)
+    holds: Callable[[str, int], bool] | None = None
+    read: Any = None
+    routes: dict[Any, Route] = field(default_factory=dict)
     answers: dict[Any, Any] = field(default_factory=dict)
     visit: Visit | None = None
     alone: Callable | None = None
+    _last: Visit | None = None
 
     @property
     def stages(self) -> int:
@@ -89,9 +76,34 @@ class Stages:
         """The stage that runs block `position`, and what stands before it."""
         return max(stage for stage, first in enumerate(self.firsts) if first <= position)
 
-    def message(self, route: list[Crossing], stage: int) -> list[Slot]:
+    def message(self, route: Route, stage: int) -> list[Slot]:
         """The slots that `stage` receives, in the order in which they are sent."""
-        return [crossing.slot for crossing in route if crossing.made < stage <= crossing.used]
+        return [crossing.slot for crossing in route.crossings if crossing.made < stage <= crossing.used]
+
+    def misplaced(self, origin: str, stage: int) -> UserError:
+        return UserError(
+            f"parallel.pp: stage {stage} uses {origin!r}, which it does not hold; name the stages that use it: "
+            f"pipeline.place={{'{origin}': {[0, stage] if stage else list(range(self.stages))}}} (numbers of stages, -1 the last)"
+        )
+
+    def swap(self, names: Iterable[str]) -> None:
+        """Hide these weights of blocks until the stage is at its first block: they are used outside of their blocks, by other stages, too."""
+        for name in names:
+            path, _, key = name.rpartition(".")
+            empty = _at(self.twin, path)._parameters[key]
+            assert empty is not None
+            self.swaps.append((_at(self.model, path), key, empty))
+
+    @contextmanager
+    def whole_lists(self) -> Iterator[None]:
+        """Let `parameters()` of every module name the weights of other stages too, as ghosts: what sums over all needs all."""
+        for module, key, empty in self.dropped:
+            module._parameters[key] = empty  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, key, _ in self.dropped:
+                del module._parameters[key]
 
     def refresh(self) -> None:
         """Let the twin see the buffers as they are now; layouts replace them."""
@@ -100,59 +112,103 @@ class Stages:
                 if buffer is not None and not isinstance(buffer, Ghost):
                     module._buffers[key] = _at(self.model, name)._buffers[key]
 
-    def route(self, kind: Any, call: Any) -> list[Crossing]:
-        """What crosses the boundaries under inputs of this kind: found by running `call(twin)` once."""
+    def route(self, kind: Any, inputs: Any, call: Callable[[nn.Module, Any], Any]) -> Route:
+        """How inputs of this kind pass: found by running `call(twin, inputs)` once."""
         if kind not in self.routes:
-            trace = _Trace(self)
+            trace = Trace(self, self.read)
             with torch.no_grad():
-                outputs = trace.run(call)
-            trace.use(outputs)
-            self.routes[kind] = trace.crossings()
+                trace.run(inputs, call)
+            self.routes[kind] = trace.route()
         return self.routes[kind]
 
-    def run(self, call: Any, stage: int, route: list[Crossing], received: Sequence[torch.Tensor]) -> Any:
+    def run(self, call: Callable[[nn.Module], Any], stage: int, route: Route, received: Sequence[torch.Tensor]) -> Any:
         """Run `stage`: the outputs of the model from the last stage, from others the tensors of the next message.
+
+        What other stages' blocks leave in the model stays until `clear`, so that the loss can read it.
 
         Args:
             call: calls a module with the inputs of the batch.
             received: the tensors of `message(route, stage)`.
         """
-        visit = self.visit = Visit(self, stage, route, dict(zip(self.message(route, stage), received, strict=True)))
+        self.clear()
+        visit = self.visit = self._last = Visit(self, stage, route, dict(zip(self.message(route, stage), received, strict=True)))
         try:
-            return call(self.model)
+            with no_reentrant_checkpoints():
+                return call(self.model)
         finally:
             self.visit = None
             visit.give_back()
 
-    def answer(self, index: int, args: Any, kwargs: Any) -> Any:
-        """What block `index` of another stage returns: ghosts of the shapes that its twin computes."""
-        block = _at(self.twin, self.names[index])
+    def clear(self) -> None:
+        """Take back what the last run left in the model in the place of other stages' blocks."""
+        if self._last is not None:
+            self._last.undo()
+            self._last = None
+
+    def answer(self, index: int, args: Any, kwargs: Any, route: Route) -> tuple[Any, list[Any]]:
+        """What block `index` of another stage returns, and the values of `route.left[index]`: ghosts of the shapes that its twin computes.
+
+        Remembered only where it is nothing but ghosts: what hangs on no weight, as a mask that is passed on, differs from batch to batch.
+        """
+        left = route.left.get(index, [])
         leaves, spec = tree_flatten((args, kwargs))
         key = (index, spec, *(_form(leaf) for leaf in leaves))
-        if key not in self.answers:
-            with torch.no_grad():
-                self.answers[key] = block(*args, **kwargs)
-        return tree_map_only(Ghost, lambda g: Ghost(g.meta, g.device, g.origin), self.answers[key])
+        if key in self.answers and all(each.remembered for each in left):
+            return self.answers[key], [each.change.value for each in left]
+        block = _at(self.twin, self.names[index])
+        looks = index in route.changing or bool(route.touched)
+        roots = places.roots(self.twin) | arguments(args, kwargs) if looks else {}
+        untouched = places.Before(places.containers(roots))
+        self._show(roots, route)
+        before = places.Before(places.containers(roots))
+        try:
+            with torch.no_grad(), buffers_kept(block):
+                result = block(*args, **kwargs)
+            now = {change.where: change.value for change in before.changes()} if left else {}
+        finally:
+            before.restore()
+            untouched.restore()
+        if missing := [each.change for each in left if each.change.where not in now]:
+            raise self.changed(index, missing[0])
+        values = [now[each.change.where] for each in left]
+        if all(isinstance(leaf, Ghost | None) for leaf in tree_leaves((result, values))):
+            self.answers[key] = result
+        return result, values
+
+    def _show(self, roots: dict[str, Any], route: Route) -> None:
+        """Let the twin see what this forward has left in the model so far."""
+        model = places.roots(self.model) if route.touched else {}
+        for path, keys in route.touched.items():
+            real, ours = places.at(model, path), places.at(roots, path)
+            if real is not None and ours is not None and real is not ours:
+                places.copy_entries(real, ours, keys)
+
+    def changed(self, index: int, change: places.Change) -> UserError:
+        return UserError(
+            f"parallel.pp: block {self.names[index]!r} leaves other things in {places.text(change.path)} than it did when its stages were found; let "
+            "it return them, or write parallel.pp=1"
+        )
 
 
 class Visit:
     """One forward of one stage."""
 
-    def __init__(self, split: Stages, stage: int, route: list[Crossing], values: dict[Slot, torch.Tensor]):
-        self.split, self.stage, self.values = split, stage, values
+    def __init__(self, split: Stages, stage: int, route: Route, values: dict[Slot, torch.Tensor]):
+        self.split, self.stage, self.route, self.values = split, stage, route, values
         self.first = split.firsts[stage]
         self.last = (*split.firsts, len(split.names))[stage + 1]
         self.out = split.message(route, stage + 1) if stage + 1 < split.stages else []
         # Where messages hold nothing but what the block before the boundary returns, nothing has to watch the operations outside.
         from_blocks = all(slot.event == -1 and slot.position == self.first - 1 for slot in values)
         from_blocks = from_blocks and all(slot.event == -1 and slot.position == self.last - 1 for slot in self.out)
-        self.watch = None if from_blocks else _Watch(self)
-        self.wanted = {crossing.slot: crossing.by for crossing in route if crossing.slot in values or crossing.slot in self.out}
+        self.watch = None if from_blocks else Watch(self)
+        self.wanted = {*values, *self.out}
         self.ghosts: dict[int, tuple[Ghost, Slot]] = {}
         self.position = self.event = 0
         self.inside = 0
         self.live = False
         self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._laid: list[tuple[Any, places.Change, Any, dict[Any, Any]]] = []
 
     def begin(self) -> None:
         """Put ghosts in the places of the weights beside blocks until the first block of the stage; called once sharded ones are gathered."""
@@ -160,14 +216,12 @@ class Visit:
             self.live = True
             return
         for module, name, empty in self.split.swaps:
-            if (param := module._parameters.get(name)) is not None:
+            if (param := module._parameters.get(name)) is not None and not isinstance(param, Ghost):
                 self.kept.append((module, name, param))
-                del module._parameters[name]
-                module.__dict__[name] = empty
+                module._parameters[name] = empty  # type: ignore[assignment]
 
     def give_back(self) -> None:
         for module, name, param in self.kept:
-            module.__dict__.pop(name, None)
             module._parameters[name] = param
         self.kept = []
 
@@ -175,21 +229,29 @@ class Visit:
         index = self.split.blocks[module]
         if self.inside:  # a block called by another: part of it
             return call(*args, **kwargs)
-        _in_order(self.split, index, self.position)
+        in_order(self.split, index, self.position)
+        left = self.route.left.get(index, ())
         if index < self.first:
-            result = self.split.answer(index, args, kwargs)
+            result, values = self.split.answer(index, args, kwargs, self.route)
+            result = self.keep(places.replaced(result, _fresh_ghost), -1)
+            if left:
+                self._lay(left, values, arguments(args, kwargs))
         else:
-            args, kwargs = self.real((args, kwargs))
+            args, kwargs = self._settled((args, kwargs))
+            before = self._look(left, args, kwargs) if left else None
             self.inside += 1
             try:
                 result = call(*args, **kwargs)
             finally:
                 self.inside -= 1
-        result = self.keep(result, -1, _BLOCK)
+            result = self.keep(result, -1)
+            if before is not None:
+                self._take(index, left, before.changes())
         self.position, self.event = index + 1, 0
         if self.position == self.first:
             self.live = True
             self.give_back()
+            self._arrive()
         if self.position == self.last and self.stage + 1 < self.split.stages:
             raise _Done([self.outgoing(slot) for slot in self.out])
         return result
@@ -198,58 +260,125 @@ class Visit:
         if self.inside:
             return call(*args, **kwargs)
         target = call if self.live else self.split.loose[module]
-        args, kwargs = self.real((args, kwargs))
+        args, kwargs = self._settled((args, kwargs))
         self.inside += 1
         try:
             result = target(*args, **kwargs)
         finally:
             self.inside -= 1
-        return self.operation(result, _MODULE)
+        return self.operation(result, MODULE)
 
     def operation(self, result: Any, by: str) -> Any:
-        result = self.keep(result, self.event, by)
+        expected = self.route.names.get(self.position, ()) if self.watch is not None else ()
+        if self.event < len(expected) and expected[self.event] != by:
+            raise UserError(
+                f"parallel.pp: forward does another operation outside of the blocks ({by}) than it did when its stages were found "
+                f"({expected[self.event]}): it may ask what kind its tensors are, or choose by values; move this into a block, or train with parallel.pp=1"
+            )
+        result = self.keep(result, self.event)
         self.event += 1
         return result
 
-    def keep(self, result: Any, event: int, by: str) -> Any:
+    def used(self, args: Any, kwargs: Any, result: Any) -> None:
+        """What a trace notes; see `Trace.used`."""
+
+    def keep(self, result: Any, event: int) -> Any:
         """Remember the slots in a result; put the values of a message in the places of their ghosts."""
-        leaves, spec = tree_flatten(result)
+        if not self.wanted:
+            return result
         arrives = self.first == self.position + 1 and event == -1
-        for number, leaf in enumerate(leaves):
-            slot = Slot(self.position, event, number)
-            if slot not in self.wanted or not isinstance(leaf, torch.Tensor):
-                continue
-            if self.wanted[slot] != by:
-                raise UserError(
-                    f"parallel.pp: forward does another operation outside of the blocks ({by}) than it did when its stages were found "
-                    f"({self.wanted[slot]}): it may ask what kind its tensors are; move this into a block, or train with parallel.pp=1"
-                )
-            if not isinstance(leaf, Ghost) or self.live:  # a ghost made here hangs on a weight that should be here
-                self.values[slot] = leaf
-            elif arrives and slot in self.values:
-                leaves[number] = self.values[slot]
-            else:
-                self.ghosts[id(leaf)] = leaf, slot
-        return tree_unflatten(leaves, spec) if arrives else result
+        numbers = itertools.count()
+
+        def kept(leaf: torch.Tensor) -> torch.Tensor:
+            return self._kept(leaf, Slot(self.position, event, next(numbers)), arrives)
+
+        put = places.replaced(result, kept)
+        return put if arrives else result
+
+    def _kept(self, leaf: torch.Tensor, slot: Slot, arrives: bool) -> torch.Tensor:
+        if slot not in self.wanted:
+            return leaf
+        if not isinstance(leaf, Ghost) or self.live:  # a ghost made here hangs on a weight that should be here
+            self.values[slot] = leaf
+        elif arrives and slot in self.values:
+            return self.values[slot]
+        else:
+            self.ghosts[id(leaf)] = leaf, slot
+        return leaf
 
     def real(self, tree: Any) -> Any:
         """`tree` with the values of all ghosts that have arrived."""
         if not self.live or not self.ghosts:
             return tree
-        return tree_map_only(Ghost, lambda g: self.values.get(self.ghosts[id(g)][1], g) if id(g) in self.ghosts else g, tree)
+        return tree_map_only(Ghost, self._value, tree)
+
+    def _settled(self, tree: Any) -> Any:
+        """The same, written into the lists and dicts that the tree holds."""
+        return places.settle(tree, self._value) if self.live and self.ghosts else tree
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        known = self.ghosts.get(id(tensor))
+        return tensor if known is None else self.values.get(known[1], tensor)
 
     def outgoing(self, slot: Slot) -> torch.Tensor:
         value = self.values.get(slot)
         if value is None or isinstance(value, Ghost):
             origin = value.origin if value is not None else "a weight"
-            raise self.misplaced(origin)
+            raise self.split.misplaced(origin, self.stage)
         return plain(value)  # messages hold whole tensors
 
-    def misplaced(self, origin: str) -> UserError:
-        return UserError(
-            f"parallel.pp: stage {self.stage} uses {origin!r}, which it does not hold; name the stages that use it: "
-            f"pipeline.place={{'{origin}': {[0, self.stage] if self.stage else list(range(self.split.stages))}}} (numbers of stages, -1 the last)"
-        )
+    # ------------------------------------------------------------------ what blocks leave elsewhere
+
+    def _look(self, left: Sequence[Left], args: Any, kwargs: Any) -> places.Before:
+        """The places that a block is about to change."""
+        roots = places.roots(self.split.model) | arguments(args, kwargs)
+        found = {path: places.at(roots, path) for path in {each.change.path for each in left}}
+        return places.Before({path: container for path, container in found.items() if container is not None})
+
+    def _take(self, index: int, left: Sequence[Left], changes: Sequence[places.Change]) -> None:
+        """Remember the slots in what a block has left."""
+        now = {change.where: places.tensors(change.value) for change in changes}
+        for change, slots in left:
+            found = now.get(change.where, [])
+            if self.wanted.intersection(slots) and len(found) != len(slots):
+                raise self.split.changed(index, change)
+            for slot, tensor in zip(slots, found, strict=False):
+                if slot in self.wanted:
+                    self.values[slot] = tensor
+
+    def _lay(self, left: Sequence[Left], values: Sequence[Any], given: dict[str, Any]) -> None:
+        """Leave in the model what a block of another stage leaves in it."""
+        roots = places.roots(self.split.model) | given
+        arrives = self.first == self.position + 1
+        for (change, slots), value in zip(left, values, strict=True):
+            numbers = iter(slots)
+            value = places.replaced(value, lambda leaf, numbers=numbers: self._kept(_fresh_ghost(leaf), next(numbers), arrives))  # type: ignore[misc]
+            container = places.at(roots, change.path)
+            if container is None:
+                raise self.split.changed(self.position, change)
+            self._laid.append((container, change, value, places.entries(container) or {}))
+            places.lay(container, change, value)
+
+    def _arrive(self) -> None:
+        """Put what has arrived in the places of the model that hold its ghosts."""
+        places_ = self.route.arrive.get(self.stage, ())
+        roots = places.roots(self.split.model) if places_ else {}
+        for path, key, slots in places_:
+            container = places.at(roots, path)
+            old = (places.entries(container) or {}).get(key)
+            numbers = iter(slots)
+            new = places.replaced(old, lambda leaf, numbers=numbers: self._arrived(leaf, next(numbers, None)))  # type: ignore[misc]
+            if new is not old:
+                places.lay(container, places.Change(path, "set", key, new), new)
+                self._laid = [(box, change, new if value is old else value, before) for box, change, value, before in self._laid]
+
+    def _arrived(self, leaf: torch.Tensor, slot: Slot | None) -> torch.Tensor:
+        return self.values.get(slot, leaf) if isinstance(leaf, Ghost) and slot is not None else leaf
+
+    def undo(self) -> None:
+        for container, change, value, before in reversed(self._laid):
+            places.take_back(container, change, value, before)
+        self._laid = []
 
 
 class _Done(BaseException):
@@ -259,113 +388,8 @@ class _Done(BaseException):
         self.outputs = outputs
 
 
-class _Watch(TorchFunctionMode):
-    """Numbers the operations outside of the blocks and puts arrived values in the places of their ghosts."""
-
-    def __init__(self, visit: Any):
-        super().__init__()
-        self.visit = visit
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        visit = self.visit
-        if visit.inside:
-            return func(*args, **kwargs)
-        args, kwargs = visit.real((args, kwargs))
-        result = func(*args, **kwargs)
-        return visit.operation(result, getattr(func, "__name__", str(func))) if has_tensor(result) else result
-
-
-class _Trace:
-    """The forward of the twin, all ghosts, with where each is made and used."""
-
-    def __init__(self, split: Stages):
-        self.split = split
-        self.position = self.event = self.inside = 0
-        self.made: dict[int, tuple[Ghost, Slot]] = {}
-        self.by: dict[Slot, str] = {}
-        self.last_use: dict[Slot, int] = {}
-        self.index = {_at(split.twin, name): index for index, name in enumerate(split.names)}
-        self.seen: list[int] = []
-
-    def run(self, call: Any) -> Any:
-        handles = []
-        for module in (*self.index, *self.split.loose.values()):
-            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._after, always_call=True))
-        try:
-            with _Watch(self):
-                outputs = call(self.split.twin)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self.seen != list(range(len(self.index))):
-            raise UserError(
-                f"parallel.pp: forward calls {len(self.seen)} of the {len(self.index)} blocks, once and in the order in which they are defined, is what "
-                f"stages need ({', '.join(self.split.names[:3])}, ...); write memory.blocks=[...] with modules that forward calls so"
-            )
-        return outputs
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.inside:
-            if module in self.index:
-                _in_order(self.split, self.index[module], self.position)
-            self.use((args, kwargs))
-        self.inside += 1
-
-    def _after(self, module: nn.Module, args: Any, result: Any) -> None:
-        self.inside -= 1
-        if self.inside:
-            return
-        if module in self.index:
-            self._record(result, -1, _BLOCK)
-            self.seen.append(self.index[module])
-            self.position, self.event = self.position + 1, 0
-        else:
-            self.operation(result, _MODULE)
-
-    def real(self, tree: Any) -> Any:
-        """Called before each operation outside of the blocks."""
-        self._pending = tree
-        return tree
-
-    def operation(self, result: Any, by: str) -> Any:
-        self.use(self.__dict__.pop("_pending", ()))
-        self._record(result, self.event, by)
-        self.event += 1
-        return result
-
-    def use(self, tree: Any) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Ghost) and id(leaf) in self.made:
-                slot = self.made[id(leaf)][1]
-                self.last_use[slot] = max(self.position, self.last_use.get(slot, 0))
-
-    def _record(self, result: Any, event: int, by: str) -> None:
-        for number, leaf in enumerate(tree_leaves(result)):
-            if isinstance(leaf, Ghost) and id(leaf) not in self.made:
-                slot = Slot(self.position, event, number)
-                self.made[id(leaf)], self.by[slot] = (leaf, slot), by
-
-    def crossings(self) -> list[Crossing]:
-        stages = ((slot, self.split.stage(slot.position), self.split.stage(use)) for slot, use in sorted(self.last_use.items()))
-        return [Crossing(slot, self.by[slot], made, used) for slot, made, used in stages if made < used]
-
-
-def _in_order(split: Stages, index: int, position: int) -> None:
-    if index != position:
-        expected = split.names[position] if position < len(split.names) else "none"
-        raise UserError(
-            f"parallel.pp: forward calls block {split.names[index]!r} where {expected!r} was expected: stages need every block to be called once, in the "
-            "order in which they are defined; write memory.blocks=[...] with modules that forward calls so, or parallel.pp=1"
-        )
-
-
-def has_tensor(result: Any) -> bool:
-    """Whether a function returned tensors, and not the answer to a question about one."""
-    return isinstance(result, torch.Tensor) or (
-        isinstance(result, tuple | list) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
-    )
+def _fresh_ghost(leaf: torch.Tensor) -> torch.Tensor:
+    return Ghost(leaf.meta, leaf.device, leaf.origin) if isinstance(leaf, Ghost) else leaf
 
 
 def _form(leaf: Any) -> Any:
@@ -402,27 +426,33 @@ def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.d
     for module in cut.blocks:
         _stage_class(module, _Block, cut)
     for name in names:
-        _stage_class(_at(twin, name), _Twin, cut)
+        _stage_class(_at(twin, name), Twin, cut)
     for module in cut.loose:
         _stage_class(module, _Loose, cut)
     _stage_class(model, _Root, cut)
     return cut
 
 
-def drop(model: nn.Module, names: set[str], device: torch.device) -> None:
-    """Put ghosts in the places of the named weights, with the buffers of their modules: another stage holds them."""
+def drop(model: nn.Module, names: set[str], device: torch.device) -> list[tuple[nn.Module, str, Ghost]]:
+    """Put ghosts in the places of the named weights, with the buffers of their modules: another stage holds them.
+
+    Returns: (module, name in it, ghost) of each weight.
+    """
+    dropped = []
     for path, module in model.named_modules():
         mine = [key for key in module._parameters if (f"{path}.{key}" if path else key) in names]
         for key in mine:
             param = module._parameters.pop(key)
             assert param is not None
             _refuse_alias(path, module, key, param)
-            module.__dict__[key] = ghost(param, device, f"{path}.{key}" if path else key)
+            empty = module.__dict__[key] = ghost(param, device, f"{path}.{key}" if path else key)
+            dropped.append((module, key, empty))
         if mine and not any(param is not None for param in module._parameters.values()):
             for key in [key for key, buffer in module._buffers.items() if buffer is not None]:
                 buffer = module._buffers.pop(key)
                 assert buffer is not None
                 module.__dict__[key] = ghost(buffer, device, f"{path}.{key}" if path else key)
+    return dropped
 
 
 def _refuse_alias(path: str, module: nn.Module, key: str, param: nn.Parameter) -> None:
@@ -468,45 +498,6 @@ class _Block(nn.Module):
         return visit.block(self, super().__call__, args, kwargs)
 
 
-class _Twin(nn.Module):
-    """A block of ghosts. Where its forward asks for values, as that of a mixture of experts, or an operator has no way to run without, it
-    runs on zeros on the host: what it returns has the same form."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = tree_map(_fresh, (args, kwargs))
-        try:
-            return super().forward(*args, **kwargs)
-        except (UserError, RuntimeError) as error:
-            ghosts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost)]
-            if not ghosts:
-                raise
-            held = [tensor for module in self.modules() for tensor in (*module._parameters.values(), *module._buffers.values())]
-            memo: dict[int, Any] = {id(tensor): _on_host(tensor) for tensor in held if tensor is not None}
-            memo |= {id(hooks): OrderedDict() for hooks in (self._forward_hooks, self._forward_pre_hooks)}  # they watch the trace
-            real = copy.deepcopy(self, memo)
-            args, kwargs = tree_map_only(torch.Tensor, _on_host, given)
-            try:
-                with torch.no_grad():
-                    outputs = super(_Twin, real).forward(*args, **kwargs)
-            except Exception:  # whatever a user's block says to zeros
-                raise error from None
-            return tree_map_only(torch.Tensor, lambda tensor: ghost(tensor, ghosts[0].device, ghosts[0].origin), outputs)
-
-
-def _fresh(leaf: Any) -> Any:
-    """An argument that the block may change (a cache of keys and values), as it is now."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf
-    try:
-        return copy.deepcopy(leaf)
-    except Exception:  # whatever a user's object says to a copy
-        return leaf
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, Ghost) else tensor.cpu()
-
-
 class _Loose(nn.Module):
     _split: Stages
 
@@ -541,8 +532,9 @@ class _Root(nn.Module):
             raise UserError(
                 f"parallel.pp: forward ended before {self._split.names[visit.last - 1]!r}, the last block of stage {visit.stage}, was called"
             )
-        outputs = visit.real(outputs)
-        for leaf in tree_leaves(outputs):
+        if visit.ghosts:
+            outputs = places.replaced(outputs, visit._value)
+        for leaf in places.tensors(outputs):
             if isinstance(leaf, Ghost):
-                raise visit.misplaced(leaf.origin)
+                raise self._split.misplaced(leaf.origin, visit.stage)
         return outputs

@@ -11,30 +11,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
-from paratrain.errors import UserError
 from paratrain.parallel import guess
-from paratrain.parallel.pipeline_split import has_tensor
+from paratrain.parallel.pipeline_trace import has_tensor
 
 
 def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
     """Each of `names` that one run of the forward uses -> how many blocks are done there, in order; a block counts itself as to be done.
 
-    Nothing where no inputs can be guessed for the model.
-
-    Raises:
-        UserError: for a forward that differentiates outside of its blocks.
+    What a block uses of its own does not count. Nothing where no inputs can be guessed for the model.
     """
     try:
         twin, inputs = guess.runnable(model)
     except guess.NoInputs:
         return {}
     params = dict(twin.named_parameters(remove_duplicate=False))
-    watch = _Watch({id(params[name]) for name in names})
-    for index, name in enumerate(blocks):
-        block = twin.get_submodule(name)
+    modules = [twin.get_submodule(name) for name in blocks]
+    watch = _Watch({id(params[name]) for name in names}, [{id(param) for param in block.parameters()} for block in modules])
+    for index, block in enumerate(modules):
         block.register_forward_pre_hook(watch.at(index, True))
         block.register_forward_hook(watch.at(index + 1, False))
-    with rng.preserved(torch.device("cpu")), torch.enable_grad(), watch:
+    with rng.preserved(torch.device("cpu")), torch.no_grad(), watch:
         guess.call(twin, inputs)
     return {name: sorted(watch.found[id(params[name])]) for name in names if id(params[name]) in watch.found}
 
@@ -42,29 +38,24 @@ def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[
 class _Watch(TorchFunctionMode):
     """Notes at which position each parameter goes into a tensor."""
 
-    def __init__(self, params: set[int]):
+    def __init__(self, params: set[int], own: Sequence[set[int]]):
         super().__init__()
-        self.params = params
+        self.params, self.own = params, own
         self.position = 0
-        self.inside = False  # of a block
+        self.inside: set[int] = set()  # parameters of the block that is running
         self.found: dict[int, set[int]] = {}
 
     def at(self, position: int, inside: bool) -> Any:
         def hook(*ignored: Any) -> None:
-            self.inside = inside
             self.position = position
+            self.inside = self.own[position] if inside else set()
 
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.autograd.grad and self.position and not self.inside:
-            raise UserError(
-                "parallel.pp: forward differentiates (torch.autograd.grad) through what several stages compute, and none of them can; keep the "
-                "derivative inside one block, or train with parallel.pp=1"
-            )
         result = func(*args, **(kwargs or {}))
         if has_tensor(result):
             for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self.params:
+                if id(leaf) in self.params and id(leaf) not in self.inside:
                     self.found.setdefault(id(leaf), set()).add(self.position)
         return result
