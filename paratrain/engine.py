@@ -701,7 +701,7 @@ class Engine:
                 yield
             self._moved.after((stage, number), micro[number][2], loss=False)
 
-        pipeline.train(self._calls(micro), around, finish)
+        pipeline.train(self._calls(micro), around, finish, (self.cfg.seed, self.global_step, self._weights_rank))
         if not self._unit_agreed:
             self._unit = pipeline.largest(self._unit or 0.0)
             self._unit_agreed = True
@@ -741,7 +741,8 @@ class Engine:
             nonlocal window
             window = self._totals.add(window, *self._measure(outputs, *micro[number][1:]))
 
-        pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish)
+        seeds = self.cfg.seed, self.global_step, self._weights_rank
+        pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish, seeds)
         return window
 
     def _calls(self, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Callable]]:

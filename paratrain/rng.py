@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,25 @@ def reseed(device: torch.device, *parts: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+@contextmanager
+def python_seeded(seed: int) -> Iterator[None]:
+    """Draw from `random` and `numpy.random` inside as `seed` says, and as before afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def python_state() -> tuple[Any, ...]:
+    """Something that differs once `random` or `numpy.random` was drawn from."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tobytes(), *numpy[2:]
 
 
 def seed_all(seed: int) -> None:

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
-from practice import assert_exact, assert_refused
+from practice import LAYOUTS, assert_same, ours, plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from paratrain.errors import UserError
+from paratrain.spawn import run
+
 D = torch.float64
+
+
+def assert_exact(programs, *more, ranks=2):
+    """Each program (model, batches, loss) trains as on one process; all in one job, for starting one takes longer than they do."""
+
+    def body():
+        return [ours(model, copy.deepcopy(batches), loss, (*LAYOUTS["pp"], *more)) for model, batches, loss in programs]
+
+    results = run(body, ranks, timeout=400)
+    for number, (model, batches, loss) in enumerate(programs):
+        expected = plain(model, copy.deepcopy(batches), loss)
+        assert_same(results[0][number], expected, what=f"{model.__name__} {more}")
+        for other in results[1:]:
+            assert other[number].losses == results[0][number].losses
+
+
+def assert_refused(programs, *more):
+    """Each program (model, batches, loss, text) is refused by every rank with that text, in set-up or in the first step."""
+
+    def body():
+        said = []
+        for model, batches, loss, _ in programs:
+            try:
+                ours(model, batches, loss, (*LAYOUTS["pp"], *more))
+                said.append("")
+            except UserError as error:
+                said.append(str(error))
+        return said
+
+    for rank, said in enumerate(run(body, 2, timeout=400)):
+        for (model, *_, text), message in zip(programs, said, strict=True):
+            assert text in message, f"{model.__name__}, rank {rank}: {message or 'nothing was refused'}"
 
 
 def rows(sizes=(8, 8, 8), width=6):
@@ -93,12 +131,6 @@ class MaskComputed(Net):
 def masked():
     g = torch.Generator().manual_seed(2)
     return [((x, (torch.rand(len(x), 8, generator=g) > 0.5).double()), y) for x, y in rows()]
-
-
-def test_what_hangs_on_no_weight_is_of_this_batch():
-    assert_exact(MaskPassed, masked(), square, "pp")
-    assert_exact(MaskPassed, masked(), square, "pp", more=("pipeline.schedule=interleaved",))
-    assert_exact(MaskComputed, masked(), square, "pp")
 
 
 # ---------------------------------------------------------------- what blocks leave elsewhere
@@ -197,33 +229,11 @@ def features():
     return Features()
 
 
-@pytest.mark.parametrize("model", [Box, ListArgument, Attributes, RootAttribute, features])
-def test_what_blocks_leave_elsewhere_travels(model):
-    loss = square if model is RootAttribute else with_term
-    assert_exact(model, rows(), loss, "pp")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [Box, ListArgument, Attributes, RootAttribute, features])
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
-def test_what_blocks_leave_elsewhere_travels_under_every_schedule(model, schedule):
-    loss = square if model is RootAttribute else with_term
-    assert_exact(model, rows(), loss, "pp", more=(f"pipeline.schedule={schedule}",))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [Box, ListArgument, Attributes, RootAttribute])
-def test_what_blocks_leave_elsewhere_travels_with_shards_and_over_four_stages(model):
-    loss = square if model is RootAttribute else with_term
-    assert_exact(model, rows(), loss, "pp", ranks=4, more=("strategy=fsdp",))
-    assert_exact(model, rows(), loss, "pp", ranks=4, more=("parallel.pp=4",))
-
-
 def read_by_loss():
     """The loss reads what blocks have left, past the outputs."""
     held = []
 
-    class Read(Attributes):
+    class ReadByLoss(Attributes):
         def __init__(self):
             super().__init__()
             held[:] = [self]
@@ -234,13 +244,7 @@ def read_by_loss():
     def loss(out, target):
         return ((out - target) ** 2).sum() + 0.1 * sum(b.term.sum() for b in held[0].blocks), len(target)
 
-    return Read, loss
-
-
-def test_the_loss_reads_what_blocks_leave():
-    model, loss = read_by_loss()
-    assert_exact(model, rows(), loss, "pp")
-    assert_exact(model, rows(), loss, "pp", more=("pipeline.schedule=interleaved",))
+    return ReadByLoss, rows(), loss
 
 
 @dataclasses.dataclass
@@ -274,11 +278,6 @@ class Dicts(Net):
             out = b(out["h"], extra=out.get("norm"))
             norms.append(out["norm"][0])
         return self.out(out["h"]), sum(norms)
-
-
-@pytest.mark.parametrize("model", [Dataclasses, Dicts])
-def test_blocks_return_structures(model):
-    assert_exact(model, rows(), with_term, "pp")
 
 
 # ---------------------------------------------------------------- checkpoints of the user's own
@@ -319,7 +318,319 @@ class OwnCheckpoint(Net):
         return self.out(h)
 
 
-def test_reentrant_checkpoints_train():
-    assert_exact(Checkpointed, rows(), square, "pp")
-    assert_exact(Checkpointed, rows(), square, "pp", more=("pipeline.schedule=interleaved",))
-    assert_refused(OwnCheckpoint, rows(), square, "pp", says="inside of an autograd function")
+# ---------------------------------------------------------------- lists and objects that are not the model's own
+
+COLLECTED: list[torch.Tensor] = []
+
+
+class GlobalList(Net):
+    class block(Block):
+        def forward(self, x):
+            h = self.inner(x)
+            COLLECTED.append(h.square().sum(-1))
+            return x + self.down(h)
+
+    def forward(self, x):
+        COLLECTED.clear()
+        return super().forward(x), sum(COLLECTED)
+
+
+class Context:
+    def __init__(self):
+        self.terms, self.last = {}, None
+
+
+class ObjectArgument(Net):
+    class block(Block):
+        def forward(self, x, context):
+            h = self.inner(x)
+            context.terms[len(context.terms)] = h.square().sum(-1)
+            context.last = h.mean(-1)
+            return x + self.down(h)
+
+    def forward(self, x):
+        context, h = Context(), self.first(x)
+        for b in self.blocks:
+            h = b(h, context)
+        return self.out(h), sum(context.terms.values()) + context.last
+
+
+class Distributions(Net):
+    class block(Block):
+        def forward(self, x):
+            h = x + self.down(self.inner(x))
+            return h, torch.distributions.Normal(h, torch.ones_like(h))
+
+    def forward(self, x):
+        h, terms = self.first(x), 0.0
+        for b in self.blocks:
+            h, posterior = b(h)
+            terms = terms + posterior.mean.square().mean(-1)
+        return self.out(h), terms
+
+
+# ---------------------------------------------------------------- weights used outside of their block
+
+
+class Reused(Net):
+    """After its blocks, forward uses layers of the first again."""
+
+    def forward(self, x):
+        h = self.first(x)
+        for b in self.blocks:
+            h = b(h)
+        return self.out(h + self.blocks[0].down(self.blocks[0].up(h)))
+
+
+class Penalty(Net):
+    """A penalty on all weights, before the blocks and after them."""
+
+    def forward(self, x):
+        before = sum(p.abs().sum() for p in self.parameters())
+        return super().forward(x), before + torch.stack([p.square().sum() for p in self.blocks.parameters()]).sum()
+
+
+def penalised(out, target):
+    return ((out[0] - target) ** 2).sum() + 0.01 * len(target) * out[1], len(target)
+
+
+def penalty_in_loss():
+    held = []
+
+    class PenaltyInLoss(Net):
+        def __init__(self):
+            super().__init__()
+            held[:] = [self]
+
+    def loss(out, target):
+        return ((out - target) ** 2).sum() + 0.01 * sum(p.square().sum() for p in held[0].parameters()), len(target)
+
+    return PenaltyInLoss, rows(), loss
+
+
+# ---------------------------------------------------------------- what forward does by its inputs
+
+
+class WritesIntoInputs(Net):
+    def forward(self, x):
+        x.mul_(0.5)
+        x -= 0.1
+        return super().forward(x)
+
+
+class HandsOn(Net):
+    """Some blocks return what they are given."""
+
+    class block(Block):
+        def forward(self, x, on):
+            return x + self.down(self.inner(x)) if on else x
+
+    def forward(self, x):
+        h = self.first(x)
+        for number, b in enumerate(self.blocks):
+            h = b(h, (len(x) + number) % 2 == 1)
+        return self.out(h)
+
+
+class ReturnsNumber(Net):
+    class block(Block):
+        def forward(self, x, scale):
+            return x + self.down(self.inner(x)) * (1 + 0.1 * scale), float(x.abs().max())
+
+    def forward(self, x):
+        h, scale = self.first(x), 0.0
+        for b in self.blocks:
+            h, scale = b(h, scale)
+        return self.out(h)
+
+
+class WritesIntoArgument(Net):
+    class block(Block):
+        def forward(self, x, total):
+            h = self.inner(x)
+            total += h.detach().mean(-1, keepdim=True)
+            return x + self.down(h)
+
+    def forward(self, x):
+        h, total = self.first(x), x.new_zeros(len(x), 1)
+        for b in self.blocks:
+            h = b(h, total)
+        return self.out(h) * (1 + total)
+
+
+class CountsInArgument(Net):
+    class block(Block):
+        def forward(self, x, count):
+            count += 1
+            return x + self.down(self.inner(x)) * count
+
+    def forward(self, x):
+        h, count = self.first(x), torch.zeros((), dtype=D)
+        for b in self.blocks:
+            h = b(h, count)
+        return self.out(h)
+
+
+class LeavesOut(Net):
+    def forward(self, x):
+        h = self.first(x)
+        for number, b in enumerate(self.blocks):
+            h = h if number == 1 else b(h)
+        return self.out(h)
+
+
+class Twice(Net):
+    def forward(self, x):
+        h = self.first(x)
+        for b in self.blocks:
+            h = b(b(h))
+        return self.out(h)
+
+
+class Lazy(Net):
+    class block(Block):
+        def forward(self, x):
+            return lambda y: y + self.down(self.inner(y))
+
+    def forward(self, x):
+        h = self.first(x)
+        for step in [b(h) for b in self.blocks]:
+            h = step(h)
+        return self.out(h)
+
+
+class Forces(Net):
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            energy = super().forward(x)
+            (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return energy, slope.square().sum(-1)
+
+
+class Compiled(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks[0] = torch.compile(self.blocks[0], backend="eager")
+
+
+ELSEWHERE = [(model, rows(), with_term) for model in (Box, ListArgument, Attributes, features, GlobalList, ObjectArgument)]
+HANDED = [(MaskPassed, masked(), square), (MaskComputed, masked(), square), (RootAttribute, rows(), square)]
+SHAPES = [(model, rows(), with_term) for model in (Dataclasses, Dicts, Distributions)]
+WEIGHTS = [(Reused, rows(), square), (Penalty, rows(), penalised)]
+OTHERS = [(model, rows(), square) for model in (Checkpointed, WritesIntoInputs, HandsOn)]
+
+
+def test_programs_whose_blocks_do_more_are_exact():
+    assert_exact([*ELSEWHERE, *HANDED, *SHAPES, *WEIGHTS, *OTHERS, read_by_loss()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
+def test_under_every_schedule(schedule):
+    assert_exact([*ELSEWHERE, *HANDED, *SHAPES, *WEIGHTS, *OTHERS, read_by_loss()], f"pipeline.schedule={schedule}")
+
+
+@pytest.mark.slow
+def test_over_three_stages():
+    assert_exact([*ELSEWHERE, *HANDED, *SHAPES, *WEIGHTS, *OTHERS, read_by_loss()], "parallel.pp=3", ranks=3)
+
+
+@pytest.mark.slow
+def test_with_shards():
+    assert_exact([*ELSEWHERE, *HANDED, *SHAPES, *OTHERS], "strategy=fsdp", ranks=4)
+
+
+def test_what_stages_cannot_follow_is_refused_by_every_rank():
+    assert_refused(
+        [
+            (ReturnsNumber, rows(), square, "a block returns a number that it computes from its tensors"),
+            (WritesIntoArgument, rows(), square, "writes into a tensor that it is given"),
+            (CountsInArgument, rows(), square, "writes into a tensor that it is given"),
+            (LeavesOut, rows(), square, "forward calls block 'blocks.2' where 'blocks.1' was expected"),
+            (Twice, rows(), square, "forward calls block 'blocks.0' where 'blocks.1' was expected"),
+            (Lazy, rows(), square, "block 'blocks.0' returns a function"),
+            (Forces, rows(), with_term, "forward differentiates what its blocks compute"),
+            (OwnCheckpoint, rows(), square, "inside of an autograd function"),
+            (Compiled, rows(), square, "blocks.0 is compiled by torch.compile"),
+        ]
+    )
+
+
+def test_a_loss_that_reads_weights_of_other_stages_says_where_they_must_be():
+    model, batches, loss = penalty_in_loss()
+
+    def body():
+        try:
+            ours(model, batches, loss, LAYOUTS["pp"])
+        except Exception as error:  # what the first stage sees of it is the affair of who watches over the ranks
+            return type(error), str(error)
+        raise AssertionError("nothing was refused")
+
+    kind, text = run(body, 2)[1]
+    assert issubclass(kind, UserError), text
+    assert "the loss function reads 'first.weight'" in text
+    assert_exact([(model, batches, loss)], "pipeline.place={'*': [0, -1]}")
+
+
+class MasksByChance(Net):
+    """What is hidden is drawn in forward, hidden before the blocks and compared after them, as masked autoencoders do."""
+
+    def forward(self, x):
+        hidden = (torch.rand(len(x), 1) < 0.5).double()
+        shift = random.random() + float(np.random.rand())
+        h = self.first(x * (1 - hidden))
+        for b in self.blocks:
+            h = b(h)
+        return self.out(h), hidden, shift, x[:, :1] * (1 - hidden)
+
+
+def test_all_stages_draw_alike_outside_of_blocks():
+    """What the first stage hid is what the last one counts; steps and micro-batches differ."""
+    seen = []
+
+    class Reports(MasksByChance):
+        class block(Block):
+            def forward(self, x):
+                return x  # hands the input of the blocks on
+
+        def __init__(self):
+            super().__init__()
+            self.first.weight.data.copy_(torch.eye(8, 6))
+            self.first.bias.data.zero_()
+            self.out = nn.Linear(8, 8)
+            self.out.weight.data.copy_(torch.eye(8))
+            self.out.bias.data.zero_()
+
+        def forward(self, x):
+            y, hidden, shift, expected = super().forward(x)
+            seen.append((y.detach()[:, :1], expected, hidden, shift))
+            return y
+
+    def body():
+        ours(Reports, rows((8,)), lambda out, target: ((out[:, :1] - target).square().sum(), len(target)), LAYOUTS["pp"])
+        return seen
+
+    last = run(body, 2)[1]
+    found = [entry for entry in last if type(entry[0]) is torch.Tensor]
+    assert len(found) == 4, "micro-batches"
+    for y, expected, *_ in found:
+        assert torch.equal(y, expected)
+    assert len({entry[3] for entry in found}) == 4
+    assert len({tuple(entry[2].flatten().tolist()) for entry in found}) > 1
+
+
+def test_requires_grad_may_be_switched_and_hooks_registered():
+    """On weights that other stages hold, too."""
+
+    def before(model, step):
+        model.first.requires_grad_(step != 1)
+        model.blocks[0].requires_grad_(step == 1)
+        if step == 0:
+            model.blocks[3].up.weight.register_hook(lambda grad: grad * 0.5)
+            model.blocks[0].up.weight.register_hook(lambda grad: grad * 0.5)
+
+    def body():
+        return ours(Net, rows(), square, LAYOUTS["pp"], before=before)
+
+    assert_same(run(body, 2)[0], plain(Net, rows(), square, before=before))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from paratrain.config import Config
+from paratrain.distributed import seed_for
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel.pipeline import Around, Calls, Cut, Pipeline
@@ -64,11 +65,11 @@ class DeepSpeedPipeline(Pipeline):
         # its own would hand out one buffer for tensors of different dtypes
         engine._allocate_or_extend_buffers = lambda index, shape, dtype: torch.empty(shape, dtype=dtype, device=self._wire.device)
 
-    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor]) -> None:
+    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor], seeds: Sequence[int] = ()) -> None:
         from deepspeed.runtime.pipe import p2p
 
         _, routes, ready = self._ready(calls)
-        self._step = _Step(ready, routes, around, finish)
+        self._step = _Step(ready, routes, around, finish, seeds)
         p2p.init_process_groups(self.engine.grid)  # a variable of its module: another engine of this process may have set it
         self.engine.micro_batches = len(calls)
         self.engine.set_dataiterator(iter([(torch.zeros(()), torch.zeros(()))] * len(calls)))  # every stage has the inputs already
@@ -94,7 +95,7 @@ class DeepSpeedPipeline(Pipeline):
         step, number = self._step, self._step.number
         arrived = list(received) if self.rank else []
         with step.around(self.rank, number):
-            outputs = self.split.run(step.calls[number], self.rank, step.routes[number], arrived)
+            outputs = self.split.run(step.calls[number], self.rank, step.routes[number], arrived, seed_for(*step.seeds, number))
         step.number += 1
         if self.is_last:
             step.arrived = arrived
@@ -134,8 +135,8 @@ class _Stage(nn.Module):
 class _Step:
     """One step: its micro-batches, and which comes next."""
 
-    def __init__(self, calls: Sequence[Callable[[nn.Module], Any]], routes: list, around: Around, finish: Callable):
-        self.calls, self.routes, self.around, self.finish = calls, routes, around, finish
+    def __init__(self, calls: Sequence[Callable[[nn.Module], Any]], routes: list, around: Around, finish: Callable, seeds: Sequence[int]):
+        self.calls, self.routes, self.around, self.finish, self.seeds = calls, routes, around, finish, seeds
         self.number = 0
         self.arrived: list[torch.Tensor] = []
 

@@ -90,7 +90,7 @@ def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.M
         usable = [m for m in matches if _has_forward(m) and _has_parameters(m)]
         if not usable:
             why = "matches only containers without a forward or without parameters" if matches else "matches no module"
-            classes = dict.fromkeys(type(m).__name__ for m in names if any(m.children()))
+            classes = dict.fromkeys(type(m).__name__ for m in names if _has_children(m))
             raise UserError(
                 f"memory.blocks: {pattern!r} {why}; write a glob on module names (such as 'layers.*') or a class name "
                 f"({', '.join(list(classes)[:8])}), or leave memory.blocks=null to find the blocks"
@@ -103,7 +103,7 @@ def _matching(names: dict[nn.Module, str], patterns: Sequence[str]) -> list[nn.M
 def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn.Module]:
     children = [child for child in dict.fromkeys(module.children()) if _has_parameters(child)]
     is_stack = isinstance(module, _STACKS)
-    eligible = [child for child in children if any(child.children()) or (leaves and is_stack)]
+    eligible = [child for child in children if _has_children(child) or (leaves and is_stack)]
     eligible = [child for child in eligible if _has_forward(child)]
     classes = Counter(map(_class, eligible))
     like = Counter(map(structure, eligible)) if is_stack else Counter()
@@ -124,6 +124,10 @@ def _search(module: nn.Module, declared: Iterable[str], leaves: bool) -> list[nn
 def _has_forward(module: nn.Module) -> bool:
     """Whether it is called, and from Python: no list of modules, and nothing that TorchScript compiled, which belongs to what calls it."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None  # not any(): a compiled module has no truth value
 
 
 def _has_parameters(module: nn.Module) -> bool:

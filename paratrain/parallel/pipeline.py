@@ -66,6 +66,7 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     Raises:
         UserError: too few blocks, or `pipeline.cuts` or `pipeline.place` that name nothing.
     """
+    _refuse_compiled(model, cfg)
     planned, units, positions, firsts = _planned(model, units, cfg)
     state = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     ready = split(model, [name for name, _ in units], firsts, device)
@@ -78,6 +79,15 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     ready.dropped = drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
     held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
     return Cut(ready, planned, holders, state, held)
+
+
+def _refuse_compiled(model: nn.Module, cfg: Config) -> None:
+    compiled = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if compiled is not None:
+        raise UserError(
+            f"parallel.pp={cfg.parallel.pp}: {compiled or 'the model'} is compiled by torch.compile, and nothing can split what is inside; build it without, "
+            "and write compile=true, which compiles each block"
+        )
 
 
 def _is_stray(
@@ -262,10 +272,11 @@ class Pipeline:
 
     # ------------------------------------------------------------------ passes
 
-    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor]) -> None:
+    def train(self, calls: Calls, around: Around, finish: Callable[[int, Any], torch.Tensor], seeds: Sequence[int] = ()) -> None:
         """Forward and backward of one step.
 
         Args:
+            seeds: what random numbers that all stages draw alike depend on, beside the micro-batch.
             finish: (micro-batch, outputs of the model) -> scalar to differentiate; called on ranks that are `is_last`.
         """
         if self._sharded:
@@ -273,7 +284,7 @@ class Pipeline:
             self.model.set_requires_gradient_sync(False)
             self.model.set_is_last_backward(False)
             self.model.set_reshard_after_backward(False)
-        self._pass(calls, around, finish, self.planned.orders(len(calls)))
+        self._pass(calls, around, finish, self.planned.orders(len(calls)), seeds)
         if self._sharded:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(True)
@@ -281,10 +292,12 @@ class Pipeline:
             self.model.set_reshard_after_backward(True)
             finish_backward(self.model)
 
-    def evaluate(self, calls: Calls, around: Around, finish: Callable[[int, Any], None], gradients: bool = False) -> None:
+    def evaluate(
+        self, calls: Calls, around: Around, finish: Callable[[int, Any], None], gradients: bool = False, seeds: Sequence[int] = ()
+    ) -> None:
         """Forward alone; without gradients, or as one that a backward could follow."""
         with torch.set_grad_enabled(gradients):
-            self._pass(calls, around, finish, self.planned.forwards(len(calls)))
+            self._pass(calls, around, finish, self.planned.forwards(len(calls)), seeds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model on every rank of the pipeline, for sampling: all call it with the same inputs, without gradients."""
@@ -311,9 +324,9 @@ class Pipeline:
         ]
         return [shapes for _, shapes in kinds], routes, ready
 
-    def _pass(self, calls: Calls, around: Around, finish: Any, orders: list[list[pipeline_schedule.Action]]) -> None:
+    def _pass(self, calls: Calls, around: Around, finish: Any, orders: list[list[pipeline_schedule.Action]], seeds: Sequence[int]) -> None:
         kinds, routes, ready = self._ready(calls)
-        run = Pass(self.split, self._wire, self.planned.rank_of, ready, kinds, routes, around, finish, self._deferred)
+        run = Pass(self.split, self._wire, self.planned.rank_of, ready, kinds, routes, around, finish, self._deferred, seeds)
         with self.split.whole_lists():
             run.run(orders[self.rank])
 

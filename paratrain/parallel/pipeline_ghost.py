@@ -41,11 +41,11 @@ class Ghost(torch.Tensor):
 
     def register_hook(self, hook: Any) -> RemovableHandle:
         """Nothing: the stage that holds the weight has the gradient."""
-        return RemovableHandle({})
+        return RemovableHandle(OrderedDict())
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> RemovableHandle:
         """Likewise nothing."""
-        return RemovableHandle({})
+        return RemovableHandle(OrderedDict())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype}, hangs on {self.origin})"

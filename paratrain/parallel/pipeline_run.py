@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from paratrain import batch as batches
+from paratrain.distributed import seed_for
 from paratrain.errors import UserError
 from paratrain.parallel.pipeline_deferred import Deferred
 from paratrain.parallel.pipeline_ghost import Ghost, NeedsValues
@@ -127,6 +128,7 @@ class Pass:
         routes: for each micro-batch, how it passes through the stages.
         around: context for the forward of (stage, micro-batch).
         finish: (micro-batch, outputs) -> what its backward starts from; called on the last stage.
+        seeds: what random numbers that all stages draw alike depend on, beside the micro-batch.
         deferred: holds back gradients of weights, for schedules that compute these apart.
     """
 
@@ -141,9 +143,11 @@ class Pass:
         around: Callable[[int, int], AbstractContextManager],
         finish: Callable[[int, Any], torch.Tensor | None],
         deferred: Deferred | None,
+        seeds: Sequence[int],
     ):
         self.split, self.wire, self.rank_of = split, wire, rank_of
         self.calls, self.kinds, self.routes, self.around, self.finish, self.deferred = calls, kinds, routes, around, finish, deferred
+        self.seeds = seeds
         self.rank = wire.group.rank()
         self.arrived: dict[tuple[str, int, int], tuple[list[torch.Tensor], list[dist.Work]]] = {}
         self.open: dict[tuple[int, int], _Open] = {}
@@ -169,7 +173,7 @@ class Pass:
             for tensor, form in zip(received, self.wire.forms[self._key(stage, micro)], strict=True):
                 tensor.requires_grad_(form.differentiable)
         with self.around(stage, micro):
-            outputs = self.split.run(self.calls[micro], stage, self.routes[micro], received)
+            outputs = self.split.run(self.calls[micro], stage, self.routes[micro], received, seed_for(*self.seeds, micro))
         if stage + 1 == self.split.stages:
             loss = self._finished(stage, micro, outputs)
             outputs = [] if loss is None else [loss]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from paratrain import rng
 from paratrain.compat import no_reentrant_checkpoints
 from paratrain.copies import held
+from paratrain.distributed import seed_for
 from paratrain.errors import UserError
 from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
@@ -44,6 +46,7 @@ class Stages:
         names: of the blocks, in order.
         firsts: the first block of each stage.
         twin: a copy of the module whose weights are all ghosts.
+        device: where stages run.
         dropped: weights that this rank does not hold: (module, name in it, what stands in its place).
         holds: (name of a weight, stage) -> whether the rank of the stage holds it.
         read: what reads the model after its forward: the loss function.
@@ -56,6 +59,7 @@ class Stages:
     names: list[str]
     firsts: list[int]
     twin: nn.Module
+    device: torch.device
     blocks: dict[nn.Module, int] = field(default_factory=dict)
     loose: dict[nn.Module, nn.Module] = field(default_factory=dict)  # modules with weights outside the blocks -> their twins
     swaps: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)  # weights of modules that contain blocks
@@ -121,7 +125,7 @@ class Stages:
             self.routes[kind] = trace.route()
         return self.routes[kind]
 
-    def run(self, call: Callable[[nn.Module], Any], stage: int, route: Route, received: Sequence[torch.Tensor]) -> Any:
+    def run(self, call: Callable[[nn.Module], Any], stage: int, route: Route, received: Sequence[torch.Tensor], seed: int) -> Any:
         """Run `stage`: the outputs of the model from the last stage, from others the tensors of the next message.
 
         What other stages' blocks leave in the model stays until `clear`, so that the loss can read it.
@@ -129,11 +133,12 @@ class Stages:
         Args:
             call: calls a module with the inputs of the batch.
             received: the tensors of `message(route, stage)`.
+            seed: of what every stage must draw alike.
         """
         self.clear()
-        visit = self.visit = self._last = Visit(self, stage, route, dict(zip(self.message(route, stage), received, strict=True)))
+        visit = self.visit = self._last = Visit(self, stage, route, dict(zip(self.message(route, stage), received, strict=True)), seed)
         try:
-            with no_reentrant_checkpoints():
+            with no_reentrant_checkpoints(), visit.python_draws(-1):
                 return call(self.model)
         finally:
             self.visit = None
@@ -193,15 +198,15 @@ class Stages:
 class Visit:
     """One forward of one stage."""
 
-    def __init__(self, split: Stages, stage: int, route: Route, values: dict[Slot, torch.Tensor]):
-        self.split, self.stage, self.route, self.values = split, stage, route, values
+    def __init__(self, split: Stages, stage: int, route: Route, values: dict[Slot, torch.Tensor], seed: int):
+        self.split, self.stage, self.route, self.values, self.seed = split, stage, route, values, seed
         self.first = split.firsts[stage]
         self.last = (*split.firsts, len(split.names))[stage + 1]
         self.out = split.message(route, stage + 1) if stage + 1 < split.stages else []
         # Where messages hold nothing but what the block before the boundary returns, nothing has to watch the operations outside.
         from_blocks = all(slot.event == -1 and slot.position == self.first - 1 for slot in values)
         from_blocks = from_blocks and all(slot.event == -1 and slot.position == self.last - 1 for slot in self.out)
-        self.watch = None if from_blocks else Watch(self)
+        self.watch = None if from_blocks and not route.draws else Watch(self)
         self.wanted = {*values, *self.out}
         self.ghosts: dict[int, tuple[Ghost, Slot]] = {}
         self.position = self.event = 0
@@ -232,7 +237,8 @@ class Visit:
         in_order(self.split, index, self.position)
         left = self.route.left.get(index, ())
         if index < self.first:
-            result, values = self.split.answer(index, args, kwargs, self.route)
+            with self.python_draws(index):
+                result, values = self.split.answer(index, args, kwargs, self.route)
             result = self.keep(places.replaced(result, _fresh_ghost), -1)
             if left:
                 self._lay(left, values, arguments(args, kwargs))
@@ -241,7 +247,8 @@ class Visit:
             before = self._look(left, args, kwargs) if left else None
             self.inside += 1
             try:
-                result = call(*args, **kwargs)
+                with self.python_draws(index):
+                    result = call(*args, **kwargs)
             finally:
                 self.inside -= 1
             result = self.keep(result, -1)
@@ -278,6 +285,18 @@ class Visit:
         result = self.keep(result, self.event)
         self.event += 1
         return result
+
+    @contextmanager
+    def draws(self) -> Iterator[None]:
+        """Around an operation outside of the blocks that draws: every stage draws the same."""
+        device = self.split.device
+        with rng.preserved(device):
+            rng.reseed(device, self.seed, self.position, self.event)
+            yield
+
+    def python_draws(self, index: int) -> AbstractContextManager:
+        """Around what may draw from `random` or numpy: a block, or with -1 all of forward."""
+        return rng.python_seeded(seed_for(self.seed, index + 1)) if self.route.draws_python else nullcontext()
 
     def used(self, args: Any, kwargs: Any, result: Any) -> None:
         """What a trace notes; see `Trace.used`."""
@@ -412,7 +431,7 @@ def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.d
         UserError: the module cannot be copied.
     """
     twin = _twin(model, device)
-    cut = Stages(model, names, firsts, twin)
+    cut = Stages(model, names, firsts, twin, device)
     cut.blocks = {_at(model, name): index for index, name in enumerate(names)}
     inside = {module for block in cut.blocks for module in block.modules()}
     for name, module in list(model.named_modules()):

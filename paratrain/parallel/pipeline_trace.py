@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from paratrain import rng
 from paratrain.compat import no_reentrant_checkpoints
 from paratrain.errors import UserError
 from paratrain.parallel import pipeline_places as places
@@ -24,6 +25,35 @@ if TYPE_CHECKING:
 
 BLOCK, MODULE = "a block", "a module"  # what computes a tensor, beside functions by their names
 LEFT = -2  # event of what block `position` leaves elsewhere than in its result
+_DRAWS = frozenset(
+    [
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "bernoulli",
+        "multinomial",
+        "normal",
+        "poisson",
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "rrelu",
+        "gumbel_softmax",
+        "uniform_",
+        "normal_",
+        "bernoulli_",
+        "random_",
+        "exponential_",
+        "geometric_",
+        "cauchy_",
+        "log_normal_",
+        "dropout_",
+    ]
+)
 _DIFFERENTIATES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
@@ -74,6 +104,8 @@ class Route:
         arrive: stage -> places that hold tensors which arrive there, with their slots: (path, key, slots of its tensors).
         names: position -> names of the operations outside of the blocks since then, as far as slots are numbered by them.
         writes: whether forward writes into its inputs.
+        draws: whether forward draws values outside of blocks that hang on no weight, which every stage must draw alike.
+        draws_python: the same of the generators of `random` and numpy, in blocks or outside.
     """
 
     crossings: list[Crossing]
@@ -83,6 +115,8 @@ class Route:
     arrive: dict[int, list[tuple[places.Path, Any, list[Slot | None]]]] = field(default_factory=dict)
     names: dict[int, list[str]] = field(default_factory=dict)
     writes: bool = False
+    draws: bool = False
+    draws_python: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -102,11 +136,13 @@ class Watch(TorchFunctionMode):
                 f"parallel.pp: forward differentiates what its blocks compute ({func.__name__}), which needs the graph of all stages at once; write "
                 "parallel.pp=1"
             )
-        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        with visit.draws() if name in _DRAWS and not visit.inside else nullcontext():
+            result = func(*args, **kwargs)
         if visit.inside or result is None:
             visit.used(args, kwargs, result)
             return result
-        return visit.operation(result, getattr(func, "__name__", str(func))) if has_tensor(result) else result
+        return visit.operation(result, name) if has_tensor(result) else result
 
 
 class Trace:
@@ -124,7 +160,7 @@ class Trace:
         self.last_use: dict[Slot, int] = {}
         self.index = {split.twin.get_submodule(name): index for index, name in enumerate(split.names)}
         self.seen: list[int] = []
-        self.writes = False
+        self.writes = self.drew = self.drew_python = False
         self.touched: dict[places.Path, set[Any]] = {}
         self.weights = {id(param): name for name, param in split.twin.named_parameters(remove_duplicate=False)}
         self.left: dict[int, list[Left]] = {}
@@ -149,8 +185,10 @@ class Trace:
         versions = [(tensor, tensor._version) for tensor in places.tensors(inputs)]
         untouched = places.Before(places.containers(self._roots))
         try:
-            with no_reentrant_checkpoints(), buffers_kept(self.split.twin), Watch(self):
+            state = rng.python_state()
+            with rng.all_preserved(), no_reentrant_checkpoints(), buffers_kept(self.split.twin), Watch(self):
                 outputs = call(self.split.twin, inputs)
+                self.drew_python = rng.python_state() != state
             self.writes = any(tensor._version != version for tensor, version in versions)
             self._check_calls()
             self.use(outputs)
@@ -187,7 +225,7 @@ class Trace:
             if (kept := [place for place in found if any(self._crosses_into(slot, stage) for slot in place[2])])
         }
         names = {position: self.names[position][: event + 1] for position, event in numbered.items()}
-        return Route(crossings, left, frozenset(self.left), self.touched, arrive, names, self.writes)
+        return Route(crossings, left, frozenset(self.left), self.touched, arrive, names, self.writes, self.drew, self.drew_python)
 
     def _crosses_into(self, slot: Slot | None, stage: int) -> bool:
         return (
@@ -209,10 +247,16 @@ class Trace:
     def operation(self, result: Any, by: str) -> Any:
         pending, self._pending = self._pending, ()
         self.use(pending)
+        if by in _DRAWS and not all(isinstance(leaf, Ghost) for leaf in places.tensors(result)):
+            self.drew = True
         self._record(result, self.event, by)
         self.names.setdefault(self.position, []).append(by)
         self.event += 1
         return result
+
+    def draws(self) -> AbstractContextManager:
+        """Around an operation outside of the blocks that draws."""
+        return nullcontext()
 
     def used(self, args: Any, kwargs: Any, result: Any) -> None:
         """Called after an operation inside of a block, and after one without a result."""
