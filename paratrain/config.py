@@ -79,7 +79,7 @@ class Pipeline:
     )
     place: dict = key(
         {},
-        "glob on names of parameters outside the blocks -> stage or list of stages that hold them; else where forward uses them",
+        "glob on names of parameters -> stage or list of stages that hold them, those of blocks beside their own; else where forward uses them",
     )
 
 
