@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import rng
 from paratrain.parallel import guess
+from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_trace import has_tensor
 
 
@@ -20,10 +21,17 @@ def find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[
 
     What a block uses of its own does not count. Nothing where no inputs can be guessed for the model.
     """
+    untouched = places.Before(places.containers(places.roots(model)))  # a copy shares what its hooks and functions hold
     try:
-        twin, inputs = guess.runnable(model)
+        return _find(model, blocks, names)
     except guess.NoInputs:
         return {}
+    finally:
+        untouched.restore()
+
+
+def _find(model: nn.Module, blocks: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
+    twin, inputs = guess.runnable(model)
     params = dict(twin.named_parameters(remove_duplicate=False))
     modules = [twin.get_submodule(name) for name in blocks]
     watch = _Watch({id(params[name]) for name in names}, [{id(param) for param in block.parameters()} for block in modules])
