@@ -550,7 +550,7 @@ def test_what_stages_cannot_follow_is_refused_by_every_rank():
             (LeavesOut, rows(), square, "forward calls block 'blocks.2' where 'blocks.1' was expected"),
             (Twice, rows(), square, "forward calls block 'blocks.0' where 'blocks.1' was expected"),
             (Lazy, rows(), square, "block 'blocks.0' returns a function"),
-            (Forces, rows(), with_term, "forward differentiates what its blocks compute"),
+            (Forces, rows(), with_term, "through what several stages compute"),
             (OwnCheckpoint, rows(), square, "inside of an autograd function"),
             (Compiled, rows(), square, "blocks.0 is compiled by torch.compile"),
         ]

@@ -133,8 +133,8 @@ class Watch(TorchFunctionMode):
             args, kwargs = visit.real((args, kwargs))
         if func in _DIFFERENTIATES and any(isinstance(leaf, Ghost) for leaf in tree_leaves((args, kwargs))):
             raise UserError(
-                f"parallel.pp: forward differentiates what its blocks compute ({func.__name__}), which needs the graph of all stages at once; write "
-                "parallel.pp=1"
+                f"parallel.pp: forward differentiates ({func.__name__}) through what several stages compute, and none of them can; keep the derivative "
+                "inside one block, or train with parallel.pp=1"
             )
         name = getattr(func, "__name__", str(func))
         with visit.draws() if name in _DRAWS and not visit.inside else nullcontext():
