@@ -729,7 +729,8 @@ class Engine:
         with rng.all_preserved():
             rng.seed_all(self.cfg.seed)
             finish = lambda number, outputs: found.append(float(self._measure(outputs, *micro[number][1:])[0]))  # noqa: E731
-            pipeline.evaluate(self._calls(micro), self._around_stage, finish, gradients=True)
+            seeds = self.cfg.seed, self.global_step, self._weights_rank
+            pipeline.evaluate(self._calls(micro), self._around_stage, finish, gradients=True, seeds=seeds)
         self._losses.sums = sums
         self._layout.settle()
         return found[-1]
@@ -742,7 +743,7 @@ class Engine:
             window = self._totals.add(window, *self._measure(outputs, *micro[number][1:]))
 
         seeds = self.cfg.seed, self.global_step, self._weights_rank
-        pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish, seeds)
+        pipeline.evaluate(self._calls(micro), lambda stage, number: self._policy.autocast(self.device.type), finish, seeds=seeds)
         return window
 
     def _calls(self, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Callable]]:
