@@ -699,7 +699,8 @@ class Engine:
             self._moved.before((stage, number), loss=False)
             with self._around_stage(stage, number):
                 yield
-            self._moved.after((stage, number), micro[number][2], loss=False)
+            with pipeline.split.apart():
+                self._moved.after((stage, number), micro[number][2], loss=False)
 
         pipeline.train(self._calls(micro), around, finish, (self.cfg.seed, self.global_step, self._weights_rank))
         if not self._unit_agreed:

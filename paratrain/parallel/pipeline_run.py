@@ -172,6 +172,7 @@ class Pass:
             received = self._take("F", stage, micro)
             for tensor, form in zip(received, self.wire.forms[self._key(stage, micro)], strict=True):
                 tensor.requires_grad_(form.differentiable)
+        self.split.clear()
         with self.around(stage, micro):
             outputs = self.split.run(self.calls[micro], stage, self.routes[micro], received, seed_for(*self.seeds, micro))
         if stage + 1 == self.split.stages:

@@ -150,6 +150,20 @@ class Stages:
             self._last.undo()
             self._last = None
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The model with what its own blocks left in it alone, without what stands for other stages'."""
+        laid = self._last.laid if self._last is not None else []
+        now = places.Before({(number,): container for number, (container, *_) in enumerate(laid)})
+        if self._last is not None:
+            self._last.undo()
+        try:
+            yield
+        finally:
+            if self._last is not None:
+                now.restore()
+                self._last.laid = laid
+
     def answer(self, index: int, args: Any, kwargs: Any, route: Route) -> tuple[Any, list[Any]]:
         """What block `index` of another stage returns, and the values of `route.left[index]`: ghosts of the shapes that its twin computes.
 
@@ -213,7 +227,7 @@ class Visit:
         self.inside = 0
         self.live = False
         self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._laid: list[tuple[Any, places.Change, Any, dict[Any, Any]]] = []
+        self.laid: list[tuple[Any, places.Change, Any, dict[Any, Any]]] = []
 
     def begin(self) -> None:
         """Put ghosts in the places of the weights beside blocks until the first block of the stage; called once sharded ones are gathered."""
@@ -375,7 +389,7 @@ class Visit:
             container = places.at(roots, change.path)
             if container is None:
                 raise self.split.changed(self.position, change)
-            self._laid.append((container, change, value, places.entries(container) or {}))
+            self.laid.append((container, change, value, places.entries(container) or {}))
             places.lay(container, change, value)
 
     def _arrive(self) -> None:
@@ -389,15 +403,15 @@ class Visit:
             new = places.replaced(old, lambda leaf, numbers=numbers: self._arrived(leaf, next(numbers, None)))  # type: ignore[misc]
             if new is not old:
                 places.lay(container, places.Change(path, "set", key, new), new)
-                self._laid = [(box, change, new if value is old else value, before) for box, change, value, before in self._laid]
+                self.laid = [(box, change, new if value is old else value, before) for box, change, value, before in self.laid]
 
     def _arrived(self, leaf: torch.Tensor, slot: Slot | None) -> torch.Tensor:
         return self.values.get(slot, leaf) if isinstance(leaf, Ghost) and slot is not None else leaf
 
     def undo(self) -> None:
-        for container, change, value, before in reversed(self._laid):
+        for container, change, value, before in reversed(self.laid):
             places.take_back(container, change, value, before)
-        self._laid = []
+        self.laid = []
 
 
 class _Done(BaseException):
