@@ -518,7 +518,7 @@ ELSEWHERE = [(model, rows(), with_term) for model in (Box, ListArgument, Attribu
 HANDED = [(MaskPassed, masked(), square), (MaskComputed, masked(), square), (RootAttribute, rows(), square)]
 SHAPES = [(model, rows(), with_term) for model in (Dataclasses, Dicts, Distributions)]
 WEIGHTS = [(Reused, rows(), square), (Penalty, rows(), penalised)]
-OTHERS = [(model, rows(), square) for model in (Checkpointed, WritesIntoInputs, HandsOn)]
+OTHERS = [(model, rows(), square) for model in (Checkpointed, WritesIntoInputs, HandsOn, Compiled)]
 
 
 def test_programs_whose_blocks_do_more_are_exact():
@@ -552,7 +552,6 @@ def test_what_stages_cannot_follow_is_refused_by_every_rank():
             (Lazy, rows(), square, "block 'blocks.0' returns a function"),
             (Forces, rows(), with_term, "through what several stages compute"),
             (OwnCheckpoint, rows(), square, "inside of an autograd function"),
-            (Compiled, rows(), square, "blocks.0 is compiled by torch.compile"),
         ]
     )
 

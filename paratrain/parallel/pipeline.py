@@ -66,7 +66,6 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     Raises:
         UserError: too few blocks, or `pipeline.cuts` or `pipeline.place` that name nothing.
     """
-    _refuse_compiled(model, cfg)
     planned, units, positions, firsts = _planned(model, units, cfg)
     state = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     ready = split(model, [name for name, _ in units], firsts, device)
@@ -79,15 +78,6 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     ready.dropped = drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
     held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
     return Cut(ready, planned, holders, state, held)
-
-
-def _refuse_compiled(model: nn.Module, cfg: Config) -> None:
-    compiled = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
-    if compiled is not None:
-        raise UserError(
-            f"parallel.pp={cfg.parallel.pp}: {compiled or 'the model'} is compiled by torch.compile, and nothing can split what is inside; build it without, "
-            "and write compile=true, which compiles each block"
-        )
 
 
 def _is_stray(
