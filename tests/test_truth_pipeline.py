@@ -569,7 +569,7 @@ def test_a_loss_that_reads_weights_of_other_stages_says_where_they_must_be():
     kind, text = run(body, 2)[1]
     assert issubclass(kind, UserError), text
     assert "the loss function reads 'first.weight'" in text
-    assert_exact([(model, batches, loss)], "pipeline.place={'*': [0, -1]}")
+    assert_exact([(model, batches, loss)], "pipeline.place={*: [0, -1]}")
 
 
 class MasksByChance(Net):
@@ -626,11 +626,11 @@ def test_requires_grad_may_be_switched_and_hooks_registered():
     """On weights that other stages hold, too."""
 
     def before(model, step):
-        model.first.requires_grad_(step != 1)
-        model.blocks[0].requires_grad_(step == 1)
         if step == 0:
             model.blocks[3].up.weight.register_hook(lambda grad: grad * 0.5)
             model.blocks[0].up.weight.register_hook(lambda grad: grad * 0.5)
+        model.first.requires_grad_(step != 1)
+        model.blocks[0].requires_grad_(step == 1)
 
     def body():
         return ours(Net, rows(), square, LAYOUTS["pp"], before=before)

@@ -196,7 +196,7 @@ class Pass:
     def _read_by_loss(self, stage: int, origin: str) -> UserError:
         return UserError(
             f"parallel.pp: the loss function reads {origin!r}, or what hangs on it, which its stage does not hold; return what it needs from forward, or name "
-            f"the stages that use the weight: pipeline.place={{'{origin}': {[0, stage]}}} (-1 the last), or write parallel.pp=1"
+            f"the stages that use the weight: pipeline.place={{{origin}: {[0, stage]}}} (-1 the last), or write parallel.pp=1"
         )
 
     def send_forward(self, stage: int, micro: int) -> None:

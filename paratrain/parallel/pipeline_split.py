@@ -87,7 +87,7 @@ class Stages:
     def misplaced(self, origin: str, stage: int) -> UserError:
         return UserError(
             f"parallel.pp: stage {stage} uses {origin!r}, which it does not hold; name the stages that use it: "
-            f"pipeline.place={{'{origin}': {[0, stage] if stage else list(range(self.stages))}}} (numbers of stages, -1 the last)"
+            f"pipeline.place={{{origin}: {[0, stage] if stage else list(range(self.stages))}}} (numbers of stages, -1 the last)"
         )
 
     def swap(self, names: Iterable[str]) -> None:
