@@ -403,7 +403,7 @@ def penalty_in_loss():
             held[:] = [self]
 
     def loss(out, target):
-        return ((out - target) ** 2).sum() + 0.01 * sum(p.square().sum() for p in held[0].parameters()), len(target)
+        return ((out - target) ** 2).sum() + 0.01 * len(target) * sum(p.square().sum() for p in held[0].parameters()), len(target)
 
     return PenaltyInLoss, rows(), loss
 
