@@ -39,14 +39,6 @@ class Ghost(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> Ghost:
         return self  # there is nothing to copy
 
-    def register_hook(self, hook: Any) -> RemovableHandle:
-        """Nothing: the stage that holds the weight has the gradient."""
-        return RemovableHandle(OrderedDict())
-
-    def register_post_accumulate_grad_hook(self, hook: Any) -> RemovableHandle:
-        """Likewise nothing."""
-        return RemovableHandle(OrderedDict())
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype}, hangs on {self.origin})"
 
