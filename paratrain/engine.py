@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from paratrain import agreement, deal, gradients, own_loop, rng
+from paratrain import agreement, bags, deal, gradients, own_loop, rng
 from paratrain import batch as batches
 from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
 from paratrain.config import Config, Foreign
 from paratrain.errors import UserError
 from paratrain.faults import memory, nonfinite
+from paratrain.fillers import Fillers
 from paratrain.forward_state import ForwardState
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count, is_a_sum, named
@@ -50,6 +51,7 @@ from paratrain.result import Scalar, StepResult
 from paratrain.totals import Totals, or_one
 from paratrain.watch import Changes
 
+_LOOKED = 4  # steps
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -113,6 +115,10 @@ class Engine:
         self.noise_scale = NoiseScale(cfg.trainer.noise_scale, self.model, device) if cfg.trainer.noise_scale else None
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._totals = Totals(mesh, layout, self._params, self._names(), device)
+        anywhere = partial(self._totals.largest, over=mesh.data)
+        own = isinstance(cfg.strategy, Foreign) or layout.experts.group is not None  # experts leave fillers out themselves
+        self._fillers = Fillers(self._beside, self._moved, anywhere, layout.unordered, device, 1 if own else self._data_ranks)
+        self._looked = 0  # steps in which the calls of forward were looked at
         over_data = partial(self._totals.over_ranks, over=mesh.weights)
         self._losses = NamedLosses(cfg.trainer.loss_weights or {}, self._totals.scalar, over_data)
         kept = loss_fn, self.model
@@ -124,9 +130,7 @@ class Engine:
         self._in_backward = UpdateInBackward(optimizers) if cfg.trainer.update_in_backward else None
         size = cfg.data.micro_batch_size
         self.micro_batch_size: int | None = 1 if size == "auto" else size
-        self._auto = (
-            AutoMicroBatch(self._rehearse, partial(self._totals.largest, over=mesh.data), self._none_fits) if size == "auto" else None
-        )
+        self._auto = AutoMicroBatch(self._rehearse, anywhere, self._none_fits) if size == "auto" else None
         self._unit: float | None = None
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
         self._counted: Scalar = 0.0
@@ -176,18 +180,18 @@ class Engine:
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
         self._changes.follow()
-        share = self._share(batch)
+        share, dealt = self._share(batch), isinstance(batch, LocalBatch)
         if self._auto is not None:
             self.micro_batch_size = self._auto.fit(share)
-        micro = self._micro_batches(share)
+        micro = self._micro_batches(share, dealt)
         self._votes = tuple(votes)
         self._losses.begin(len(micro))
-        self._moved.begin(len(micro), share.size)
+        self._moved.begin(len(micro), share.size, dealt)
         if self.cfg.trainer.loss_check:
             self._watch = self._proof.begin(share, micro, self.mesh.loss.size(), self.micro_batch_size)
         if not self._foreign:
             own_loop.clear(self)
-        with rng.preserved(self.device):
+        with rng.preserved(self.device), self._young(batch, micro):
             if (pipeline := self._layout.pipeline) is not None:
                 self._train_stages(pipeline, micro)
                 self._conclude()
@@ -212,12 +216,12 @@ class Engine:
     @torch.no_grad()
     def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
         """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
-        micro = self._micro_batches(batch)
+        micro = self._micro_batches(batch, isinstance(batch, LocalBatch))
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         window: tuple[Scalar, Scalar] = (0.0, 0.0)
         try:
-            with rng.preserved(self.device), averaged(self.optimizers), self._average_to_evaluate():
+            with rng.preserved(self.device), averaged(self.optimizers), self._average_to_evaluate(), self._young(batch, micro):
                 if self._layout.pipeline is not None:
                     window = self._evaluate_stages(self._layout.pipeline, micro)
                     micro = []
@@ -641,8 +645,12 @@ class Engine:
             for module, mode in modes:
                 module.training = mode
 
-    def _micro_batches(self, batch: LocalBatch | tuple[Any, Any]) -> list[tuple[Any, Any, int]]:
-        """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs."""
+    def _micro_batches(self, batch: LocalBatch | tuple[Any, Any], dealt: bool) -> list[tuple[Any, Any, int]]:
+        """(inputs, targets, real samples) of each micro-batch; a pipeline gets as many as its schedule needs.
+
+        Args:
+            dealt: the batch is a part of one of all ranks, and not this rank's own.
+        """
         share, size, pipeline = self._share(batch), self.micro_batch_size, self._layout.pipeline
         batch_norm.weigh(self._norms, share)
         if pipeline is not None:
@@ -653,6 +661,8 @@ class Engine:
         context = self._layout.context
         if context is not None:
             context.refuse_shared(*micro[0][:2])
+        elif pipeline is None and dealt:
+            micro = self._fillers.filled(share, micro, training=torch.is_grad_enabled())
         micro = batches.opened(micro, self.model)
         return micro if context is None else self._sequences(context, micro)
 
@@ -662,6 +672,21 @@ class Engine:
         if share is batch or self._data_ranks == 1 or (self.micro_batch_size is None and self._layout.pipeline is None):
             return share
         return share._replace(largest=int(self._totals.largest(float(share.real), over=self.mesh.data)))
+
+    def _young(self, batch: Any, micro: list[tuple[Any, Any, int]]) -> AbstractContextManager:
+        """What looks at the calls that the forwards of the first steps make."""
+        if self._looked == _LOOKED or self.cfg.compile is not False:
+            return nullcontext()
+        self._looked += 1
+        return bags.watching(self.model, batch, micro)
+
+    def _beside(self, inputs: Any, training: bool) -> Any:
+        """What the model returns beside the steps."""
+        ((inputs, _, _),) = batches.opened([(inputs, None, 0)], self.model)
+        try:
+            return (self._outputs if training else self._evaluated)([inputs])
+        finally:
+            self._layout.settle()
 
     def _sequences(self, context: Context, micro: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any, int]]:
         """This rank's part of every sequence."""

@@ -84,17 +84,21 @@ class ForwardState:
         self._rows: dict[str, tuple[Any, dict[Unit, Frozen]]] = {}
         self._steps = 0
         self._size: int | None = None
+        self._odd: set[bool] = set()  # kinds of batches seen that not every rank has as many samples of: some have none, or all have some
         self._step: _Step | None = None
 
     # ------------------------------------------------------------------ a step
 
-    def begin(self, units: int, size: int | None = None) -> None:
-        """Before the forwards of a step of so many micro-batches of a global batch of `size` samples."""
+    def begin(self, units: int, size: int | None = None, dealt: bool = False) -> None:
+        """Before the forwards of a step of so many micro-batches of a global batch of `size` samples, which were dealt to ranks or are its own."""
         self._step = None
         before, self._size = self._size, size
         if (self._ranks == 1 and units == 1 and self._pp == 1) or isinstance(self._cfg.strategy, Foreign):
             return
         probing = self._steps < _FIRST or not self._steps & (self._steps - 1)
+        if dealt and size is not None and size % self._mesh.data.size() and (few := size < self._mesh.data.size()) not in self._odd:
+            self._odd.add(few)
+            probing = True
         self._steps += 1
         if not probing and not self._followed:
             return
@@ -185,10 +189,24 @@ class ForwardState:
         """Give everything that model and loss keep back as it was, whatever forward does inside."""
         found = self._slots()
         kept = reach.frozen(found, self._copies(found))
+        statistics = [(buffer, buffer.clone()) for buffer in self._statistics()]
         try:
             yield
         finally:
             reach.put_back(kept, self._slots(), generators=True)
+            for buffer, value in statistics:
+                buffer.copy_(value)
+
+    def digests(self) -> dict[str, str]:
+        """What can be compared of all that forward may move, but for weights and what is large."""
+        found = [slot for slot in self._slots() if slot.kind != "parameter"]
+        return {slot.path: reach.digest(slot.get()) for slot in found if sum(map(_bytes, reach.tensors(slot.get()))) <= _COPIED}
+
+    def _statistics(self) -> list[torch.Tensor]:
+        """Those of BatchNorm, which are no slots."""
+        return [
+            buffer for module in self._model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()
+        ]
 
     # ------------------------------------------------------------------ what there is
 
@@ -236,7 +254,7 @@ class ForwardState:
                 slot, now = moved[path]
                 value = now.value()
                 digests.append(reach.digest(value))
-                rows = rows and _is_rows(value, had.value(), step.weights[unit] or 1)
+                rows = rows and _is_rows(value, had.value(), {step.weights[unit] or 1, step.weights[unit]})
             elif self._pp == 1 or path in self._kinds:
                 digests.append(reach.digest(had.value()) if self._pp == 1 else "")
         assert slot is not None
@@ -478,13 +496,13 @@ def _added(start: Any, ends: Sequence[Any], last: Any) -> Any:
     return last
 
 
-def _is_rows(value: Any, had: Any, samples: int) -> bool:
+def _is_rows(value: Any, had: Any, samples: set[int]) -> bool:
     """Whether a state that forward made holds something for each sample: it has their number among its sizes, and did not before."""
     found, before = list(reach.tensors(value)), list(reach.tensors(had))
     if not found or len(list(reach.leaves("", value))) != len(found):
         return False
-    sized = all(samples in tensor.shape for tensor in found)
-    return sized and (len(before) != len(found) or all(samples in tensor.shape for tensor in before))
+    sized = not any(samples.isdisjoint(tensor.shape) for tensor in found)
+    return sized and (len(before) != len(found) or not any(samples.isdisjoint(tensor.shape) for tensor in before))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

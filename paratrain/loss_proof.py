@@ -181,7 +181,7 @@ class Watch:
             return
         held = max(real, 1)
         for leaf in tensors(outputs):
-            if leaf.requires_grad and not (leaf.dim() and leaf.size(0) == held):
+            if real and leaf.requires_grad and not (leaf.dim() and leaf.size(0) == held):
                 self._report.rerun = True
         with torch.no_grad():
             self._seen.append(_Seen(map_tensors(lambda leaf: plain(leaf).detach(), outputs), targets, real, held))

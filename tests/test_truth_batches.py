@@ -271,3 +271,63 @@ def test_what_cannot_be_dealt_is_refused(inputs, says):
 def test_lists_that_do_not_say_how_many():
     with pytest.raises(UserError, match="does not say how many samples it has"):
         batches.samples((([torch.ones(3, 2), torch.ones(3, 2)],), None))
+
+
+class Bag(nn.Module):
+    def __init__(self, mode="sum", **kw):
+        super().__init__()
+        self.e, self.out = nn.EmbeddingBag(16, 8, mode=mode, **kw), nn.Linear(8, 1)
+
+    def forward(self, tokens, offsets=None):
+        return self.out(torch.tanh(self.e(tokens, offsets)))
+
+
+class BagOfLengths(Bag):
+    def forward(self, tokens, lengths):
+        return super().forward(tokens, lengths.cumsum(0) - lengths)
+
+
+class BagOfRows(Bag):
+    """Flattens rows itself; `numbers` is what else a batch may have."""
+
+    def forward(self, tokens, numbers, others):
+        bags = self.e(tokens.flatten(), torch.arange(0, tokens.numel(), tokens.shape[1]))
+        single = self.e(numbers, torch.arange(len(numbers)))
+        return self.out(torch.tanh(bags + single + self.e(others[:, None])))
+
+
+class BagOfJagged(Bag):
+    def forward(self, tokens):
+        return super().forward(tokens.values(), tokens.offsets()[:-1])
+
+
+def draws(*shapes, steps=3):
+    generator = torch.Generator().manual_seed(2)
+    return [tuple(torch.randint(1, 16, shape, generator=generator) for shape in shapes) for _ in range(steps)]
+
+
+STARTS = torch.tensor([0, 1, 1, 2, 4, 4, 6, 7])  # on the first of two ranks, and in its first micro-batch, bags of one token and others
+EACH = torch.tensor([0, 1, 2, 3, 3, 5, 6, 7])  # on the first rank, a bag for each token
+
+
+@pytest.mark.parametrize(("model", "second"), [(Bag, STARTS), (Bag, EACH), (BagOfLengths, torch.tensor([1, 0, 1, 2, 0, 2, 1, 1]))])
+def test_offsets_of_bags_are_no_samples(model, second):
+    data = [((tokens, second), y) for (tokens,), (_, y) in zip(draws((8,)), rows(), strict=True)]
+    assert_refused(model, data, square, "ddp", says="e (EmbeddingBag) is given a flat list of tokens")
+    assert_exact(model, data, square, "single")
+
+
+@pytest.mark.slow
+def test_offsets_of_bags_under_every_layout():
+    data = [((tokens, STARTS), y) for (tokens,), (_, y) in zip(draws((8,)), rows(), strict=True)]
+    assert_refused(Bag, data, square, "ddpm", "z1m", "fsdp", "hsdp", says="let the batch hold one row of tokens a sample")
+    assert_exact(Bag, data, square, "tp")
+
+
+def test_bags_that_are_samples():
+    data = [(parts, y) for parts, (_, y) in zip(draws((8, 3), (8,), (8,)), rows(), strict=True)]
+    assert_exact(BagOfRows, data, square, "ddpm")
+    padded = [(torch.where(torch.arange(4) < n[:, None] % 4, x, 0), y) for (x, n), (_, y) in zip(draws((8, 4), (8,)), rows(), strict=True)]
+    assert_exact(lambda: Bag("mean", padding_idx=0), padded, square, "ddp")
+    jagged = [(torch.nested.nested_tensor([row[row > 0] for row in x], layout=torch.jagged), y) for x, y in padded]
+    assert_exact(BagOfJagged, jagged, square, "ddp")
