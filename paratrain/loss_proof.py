@@ -8,6 +8,7 @@ those of samples, as the loss that a Hugging Face model computes, the model runs
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,7 +232,11 @@ class Watch:
         if whole is None or targets is None or held < 2:
             return None
         for cuts in _cuts(held):
-            fault = self._compare(*_cut(whole[0], targets[0], held, cuts), uneven=uneven)
+            try:
+                calls = _cut(whole[0], targets[0], held, cuts)
+            except Exception:  # outputs of a kind that nothing can cut
+                return None
+            fault = self._compare(*calls, uneven=uneven)
             if fault:
                 return fault
         return None
@@ -354,7 +359,13 @@ class _Rows(deal.Cut):
         return len(node) == self._size and super()._guess(node)
 
     def _object(self, node: Any) -> Any:
-        return node
+        """An object that keeps tensors in attributes is copied, and its attributes are cut."""
+        if not any(True for _ in tensors(node)):
+            return node
+        other = copy.copy(node)
+        for name, value in vars(node).items():
+            object.__setattr__(other, name, self(value))
+        return other
 
 
 def _rows(outputs: Any, start: int, stop: int, held: int) -> Any:
