@@ -334,9 +334,9 @@ class ForwardState:
         return values[0], values[1:]
 
     def _without_trying(self, unresolved: list[str], facts: list[tuple[int, dict[str, _Fact]]]) -> None:
-        """In a loop of the user's own: buffers are state, of attributes nobody knows."""
+        """In a loop of the user's own: buffers that are saved are state, of what else is kept nobody knows."""
         held = {path: fact for _, here in facts for path, fact in here.items()}
-        self._judge({path: (held[path].kind == "buffer", True) for path in unresolved}, facts)
+        self._judge({path: (held[path].kind == "buffer" and held[path].lasting, True) for path in unresolved}, facts)
 
     def _judge(self, verdicts: Mapping[str, tuple[bool, bool]], facts: list[tuple[int, dict[str, _Fact]]]) -> None:
         """Settle what hangs on the samples.
