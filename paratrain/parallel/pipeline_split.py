@@ -120,7 +120,7 @@ class Stages:
         """How inputs of this kind pass: found by running `call(twin, inputs)` once."""
         if kind not in self.routes:
             trace = Trace(self, self.read)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not tell of changes
                 trace.run(inputs, call)
             self.routes[kind] = trace.route()
         return self.routes[kind]
