@@ -257,7 +257,8 @@ def _hash(tensor: torch.Tensor) -> str:
         flat = torch.cat((flat[:most], flat[-most:]))
     else:
         middle = ""
-    raw = flat.resolve_conj().view(torch.uint8).cpu().numpy().tobytes() if flat.numel() else b""
+    flat = flat.resolve_conj().clone(memory_format=torch.contiguous_format)  # a single element may have any stride
+    raw = flat.view(torch.uint8).cpu().numpy().tobytes() if flat.numel() else b""
     return hashlib.blake2b(raw + middle.encode(), digest_size=8).hexdigest()
 
 
