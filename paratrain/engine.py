@@ -639,7 +639,8 @@ class Engine:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            return [self._policy.cast_outputs(outputs) for outputs in self._outputs(inputs)]
+            found = [self._policy.cast_outputs(outputs) for outputs in self._outputs(inputs)]
+            return batches.map_tensors(torch.clone, found)  # gathered weights among them are freed with the rest
         finally:
             self._layout.settle()
             for module, mode in modes:

@@ -185,7 +185,7 @@ class Watch:
             if real and leaf.requires_grad and not (leaf.dim() and leaf.size(0) == held):
                 self._report.rerun = True
         with torch.no_grad():
-            self._seen.append(_Seen(map_tensors(lambda leaf: plain(leaf).detach(), outputs), targets, real, held))
+            self._seen.append(_Seen(map_tensors(_kept, outputs), targets, real, held))
 
     def refuse(self, text: str) -> None:
         """What this rank has to say once every rank has come to the end of the step."""
@@ -333,6 +333,11 @@ class Watch:
     def _tolerance(self) -> float:
         eps = max((torch.finfo(t.dtype).eps for each in self._seen for t in tensors(each.outputs) if t.is_floating_point()), default=1e-7)
         return 1e-8 if eps < 1e-12 else 1e-4 if eps < 1e-5 else 1e-2
+
+
+def _kept(leaf: torch.Tensor) -> torch.Tensor:
+    """An output as it is now: a weight among the outputs may be freed, or updated, before it is looked at."""
+    return plain(leaf).detach().clone() if leaf.is_leaf else plain(leaf).detach()
 
 
 def _everywhere(value: Any) -> list[Any]:

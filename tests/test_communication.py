@@ -43,7 +43,7 @@ def measured(ranks, cases, tied=False):
         found = []
         for cfg in cases:
             engine = setup(lambda: gpt(tied), token_loss, cfg)
-            *first, last = batches(4, SAMPLES)
+            *first, last = batches(10, SAMPLES)  # behind the steps in which losses and states are looked at
             for batch in first:
                 engine.train_step(engine.local(batch))
             with Communication(engine.mesh) as seen:
