@@ -15,6 +15,8 @@ from paratrain import engine as engines
 from paratrain import gradients, layout, rng, state
 from paratrain.config import DDP, Config, LossScale, Memory, Optimizer, Parallel, Precision, Scheduler, SyntheticData, Trainer, Verify
 from paratrain.engine import Engine
+from paratrain.forward_state import ForwardState
+from paratrain.parallel.ddp import Replicas
 from paratrain.parallel.experts import Experts
 
 from . import models, programs
@@ -116,6 +118,12 @@ class _Open:
 
 def no_sync_left_open() -> None:
     DistributedDataParallel.no_sync = lambda self: _Open(self)
+    Replicas.reduce = lambda self, params: None  # which would make up for it
+
+
+def state_is_not_watched() -> None:
+    """What mends or refuses state that forward moves is taken out."""
+    ForwardState.begin = lambda self, *_, **__: None
 
 
 def averaged_twice() -> None:
@@ -300,6 +308,8 @@ LOCAL_NORM = config(trainer=Trainer(batch_norm="local", device="cpu"))
 EXPERTS = config(parallel=Parallel(ep=2))
 WARMUP = config(scheduler=Scheduler("constant", warmup_steps=10))
 
+STATEFUL = (programs.Steps, programs.Carried, programs.Average, programs.Queue, programs.Codebook)
+
 CORPUS = [
     Fault("gradient not reduced over the data axis", not_reduced, "not reduced", "not reduced over axis dp"),
     Fault("no_sync never left: the last micro-batch is not synchronised", no_sync_left_open, "not reduced", "no_sync", cfg=config(2)),
@@ -339,7 +349,7 @@ CORPUS = [
     Fault("one rank fails", raise_on_one_rank, "exception", "ran out of something"),
     # programs as users write them, each with what a layout has done to it: what would be found if the mend were taken out
     *(
-        Fault(name, None, error, says, build=build, loss=lambda sown: models.square_loss, batches=models.vectors(), cfg=cfg, ranks=2)
+        Fault(name, state_is_not_watched if build in STATEFUL else None, error, says, build=build, loss=lambda sown: models.square_loss, batches=models.vectors(), cfg=cfg, ranks=2)
         for name, build, error, says, cfg in [
             ("a BatchNorm subclass loses its own forward", programs.norm_act, ANY, "", config()),
             ("a mask that hangs on no weight is remembered from the first batch", programs.Passed, ANY, "", config()),
@@ -362,7 +372,7 @@ CORPUS = [
     ),
     Fault("a term left in a list is lost", None, ANY, "", build=programs.Appends, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
     Fault("a gradient of a gradient is lost", None, ANY, "", build=programs.Penalised, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
-    Fault("a loss moves a state of its own", None, "state", "or the loss", build=lambda sown: models.mlp(), loss=None, module=programs.StateInLoss, batches=models.vectors(), cfg=config(2), ranks=2),
+    Fault("a loss moves a state of its own", state_is_not_watched, "state", "or the loss", build=lambda sown: models.mlp(), loss=None, module=programs.StateInLoss, batches=models.vectors(), cfg=config(2), ranks=2),
     Fault("samples counted by every rank that holds a part of them", None, "count", "more targets", build=lambda sown: models.mlp(), loss=lambda sown: programs.counted_twice if sown else models.square_loss, batches=models.vectors(), ranks=2),
     Fault("a mean over tokens weighed by samples", None, "count", "targets", loss=lambda sown: programs.own_means if sown else models.token_loss, ranks=2),
     Fault("a mean over the weights of classes taken for one over targets", None, "count", "targets", loss=programs.weighed, ranks=2),
