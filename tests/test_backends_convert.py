@@ -150,7 +150,7 @@ def test_a_run_of_deepspeed_goes_on_as_ours(saved, tmp_path):
     for stage, found in run(body, 2)[0]:
         losses, last = expected[stage]
         close(found, (losses[3:], last))
-        assert found[1]["seen"] == 3 + 6, "3 forwards of DeepSpeed's, and 2 micro-batches in each of 3 steps of ours"
+        assert found[1]["seen"] == 3 + 3, "3 forwards of DeepSpeed's, and 3 steps of ours, each of which moves it once"
 
 
 def test_a_run_of_ours_goes_on_as_deepspeeds(tmp_path):
