@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from paratrain import rng
 from paratrain.errors import UserError
 from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_ghost import Ghost, ghost
 from paratrain.parallel.pipeline_trace import arguments
+
+_PLAIN = (torch.Tensor, nn.Module, type, int, float, complex, str, bytes, type(None))
 
 
 class Twin(nn.Module):
@@ -22,10 +25,13 @@ class Twin(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = {} if places.simple(self) else places.containers(places.roots(self) | arguments(args, kwargs))
         before = places.Before(found)
+        fresh = {id(leaf): _copied(leaf) for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, _PLAIN) and not places.opens(leaf)}
         try:
             return super().forward(*args, **kwargs)
         except (UserError, RuntimeError) as error:
             before.restore()
+            if fresh:  # such as a cache, which has keys and values of the first try
+                args, kwargs = tree_map(lambda leaf: fresh.get(id(leaf), leaf), (args, kwargs))
             ghosts = [leaf for leaf in places.tensors((args, kwargs)) if isinstance(leaf, Ghost)]
             if not ghosts:
                 raise
@@ -96,6 +102,13 @@ class Twin(nn.Module):
             )
         numbers = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, int | float | complex)]
         return places.replaced(outputs, back), numbers
+
+
+def _copied(leaf: Any) -> Any:
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # whatever a user's object says to a copy
+        return leaf
 
 
 class _Written(Exception):
