@@ -171,9 +171,10 @@ def is_split(engine: Engine) -> bool:
 
 
 def cuts_activations(engine: Engine) -> bool:
-    """Whether ranks compute parts of activations that nothing here puts together: all of those that are split but under tp."""
+    """Whether ranks compute parts of activations that nothing here puts together: all of those that are split but under tp alone."""
     root = engine.mesh.root
-    return is_split(engine) and (root["tp"].size() == 1 or any(root[axis].size() > 1 for axis in ("pp", "cp")))
+    alone = root["tp"].size() > 1 and not any(root[axis].size() > 1 for axis in ("pp", "cp")) and not engine._layout.experts.owners
+    return is_split(engine) and not alone
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
