@@ -49,6 +49,18 @@ class Trained:
     state: dict[str, torch.Tensor]
 
 
+def rows(sizes=(8, 8, 7), width=6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (inputs, targets) whose samples differ more than noise does, so that an exchange of samples shows."""
+    g = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(n, width, generator=g, dtype=torch.float64) + torch.arange(n)[:, None] * 0.3,
+            torch.randn(n, 1, generator=g, dtype=torch.float64),
+        )
+        for n in sizes
+    ]
+
+
 @functools.cache
 def configured(overrides: tuple[str, ...]) -> Config:
     """Composed once in the test's own process, and handed to the ranks: composing takes longer than training does here."""

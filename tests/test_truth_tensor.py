@@ -8,24 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from practice import BASE, LAYOUTS, assert_refused, assert_same, plain
+from practice import BASE, LAYOUTS, assert_refused, assert_same, plain, rows
 from torch import nn
 
 import paratrain as pt
 from paratrain.errors import UserError
 from paratrain.parallel import tensor, uncompile
 from paratrain.spawn import run
-
-
-def rows(sizes=(8, 8, 7), width=6):
-    g = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(n, width, generator=g, dtype=torch.float64) + torch.arange(n)[:, None] * 0.3,
-            torch.randn(n, 1, generator=g, dtype=torch.float64),
-        )
-        for n in sizes
-    ]
 
 
 def square(out, target):

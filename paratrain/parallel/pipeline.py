@@ -29,7 +29,7 @@ from paratrain.mesh import Mesh
 from paratrain.parallel import blocks, pipeline_schedule, pipeline_uses
 from paratrain.parallel import pipeline_places as places
 from paratrain.parallel.pipeline_deferred import defer
-from paratrain.parallel.pipeline_run import Pass, Wire, kind_of
+from paratrain.parallel.pipeline_run import Pass, Wire, as_bytes, kind_of
 from paratrain.parallel.pipeline_split import Stages, drop, split
 from paratrain.parallel.pipeline_trace import Route
 
@@ -401,10 +401,10 @@ class Pipeline:
             if holder and column[0] == 0:
                 if self.rank == holder:
                     assert value is not None
-                    dist.send(_bytes(value.detach().contiguous()), group=self.group, group_dst=0)
+                    dist.send(as_bytes(value.detach().contiguous()), group=self.group, group_dst=0)
                 elif self.rank == 0:
                     value = torch.empty(shape, dtype=dtypes[name], device=self._wire.device)
-                    dist.recv(_bytes(value), group=self.group, group_src=holder)
+                    dist.recv(as_bytes(value), group=self.group, group_src=holder)
             if value is not None:
                 yield name, value
 
@@ -426,7 +426,3 @@ def _call_with(inputs: Any, call: Callable, route: Route, module: nn.Module) -> 
 def planned_last(made: Cut) -> int:
     """The rank of the last stage."""
     return made.planned.rank_of[-1]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)

@@ -55,14 +55,14 @@ class Wire:
         for tensor in tensors:
             part = tensor.detach().contiguous()
             if part.numel():
-                self._post(_bytes(part), peer)
+                self._post(as_bytes(part), peer)
 
     def receive(self, forms: Sequence[Form], peer: int) -> tuple[list[torch.Tensor], list[dist.Work]]:
         tensors, works = [], []
         for form in forms:
             tensor = torch.empty(form.shape, dtype=getattr(torch, form.dtype), device=self.device)
             if tensor.numel():
-                works += dist.batch_isend_irecv([dist.P2POp(dist.irecv, _bytes(tensor), group=self.group, group_peer=peer)])
+                works += dist.batch_isend_irecv([dist.P2POp(dist.irecv, as_bytes(tensor), group=self.group, group_peer=peer)])
             tensors.append(tensor)
         return tensors, works
 
@@ -294,5 +294,6 @@ def kind_of(inputs: Any, training: bool) -> tuple[Any, Any]:
     return structure, (structure, tuple(tuple(tensor.shape) for tensor in tensors))
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, flat."""
     return tensor.view(-1).view(torch.uint8)  # gloo does not know every dtype
