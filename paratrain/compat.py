@@ -522,6 +522,18 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tens
     return torch.cat([rows[start:end] @ matrix for start, end, matrix in zip(bounds, bounds[1:], matrices, strict=False)])
 
 
+def compile_counts() -> tuple[int, int]:
+    """(functions that torch.compile has tried to capture, graphs that it has captured) in this process."""
+    counters = torch._dynamo.utils.counters
+    return counters["frames"]["total"], counters["stats"]["unique_graphs"]
+
+
+def compile_breaks() -> str:
+    """Why torch.compile captured less than it was given, the latest reason last."""
+    counters = torch._dynamo.utils.counters
+    return "\n".join(map(str, [*counters["graph_break"], *counters["unimplemented"]]))
+
+
 def is_compiled(module: Any) -> bool:
     """Whether its user compiled a module, by `torch.compile(module)` or `module.compile()`."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import; without it nothing can be compiled

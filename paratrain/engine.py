@@ -208,7 +208,7 @@ class Engine:
                     self._backward(*self._loss(self._layout.run, inputs, targets, real))
                 self._moved.after(number, real)
             self._conclude()
-            self._moved.end(partial(self._again, *micro[0]))
+            self._moved.end(None if self._foreign else partial(self._again, *micro[0]))
         return self.step()
 
     @agreed("engine.eval_step()")

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from paratrain import reach
-from paratrain.config import DDP, Config, Foreign
+from paratrain.config import DDP, Config
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
 from paratrain.parallel import written_weights
@@ -93,7 +93,7 @@ class ForwardState:
         """Before the forwards of a step of so many micro-batches of a global batch of `size` samples, which were dealt to ranks or are its own."""
         self._step = None
         before, self._size = self._size, size
-        if (self._ranks == 1 and units == 1 and self._pp == 1) or isinstance(self._cfg.strategy, Foreign):
+        if self._ranks == 1 and units == 1 and self._pp == 1:
             return
         probing = self._steps < _FIRST or not self._steps & (self._steps - 1)
         if dealt and size is not None and size % self._mesh.data.size() and (few := size < self._mesh.data.size()) not in self._odd:

@@ -138,3 +138,28 @@ def test_compile_failures_name_the_block():
         engine.train_step((x, x))
     with pytest.raises(UserError, match="compile=nonsense: no such backend"):
         setup(build, squares, config(strategy=Single(), compile="nonsense"))
+
+
+def test_a_block_that_the_compiler_skips_is_said_to_be_not_compiled(caplog):
+    """It gives up on some functions without an error, and runs them as they are."""
+
+    class Skipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            if any(map(lambda value: isinstance(value, list | dict), (x, x))):
+                return x
+            return self.linear(x)
+
+    def build():
+        return nn.Sequential(Skipped(), Skipped())
+
+    x = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"block '0' cannot be compiled.*compile_fallback=true"):
+        setup(build, squares, config(strategy=Single(), compile="aot_eager")).train_step((x, x))
+    torch._dynamo.reset()
+    with caplog.at_level("WARNING"):
+        setup(build, squares, config(strategy=Single(), compile="aot_eager", compile_fallback=True)).train_step((x, x))
+    assert any("block '0' cannot be compiled and runs as it is" in record.message for record in caplog.records)

@@ -14,7 +14,7 @@ def can_change(value: Any) -> bool:
     """Whether a block can write into an argument, other than into a tensor."""
     if value is None or isinstance(value, torch.Tensor):
         return False
-    if isinstance(value, list | dict | set) or is_dataclass(value):
+    if isinstance(value, (list, dict, set)) or is_dataclass(value):
         return True
     return isinstance(value, tuple) and any(map(can_change, value))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paratrain.compat import compile_breaks, compile_counts
 from paratrain.config import Config
 from paratrain.errors import UserError
 
@@ -44,20 +45,36 @@ class _Compiled(nn.Module):
     _compiled: Any
     _compiled_name: str
     _may_fall_back: bool
+    _captured = False
     _gave_up = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._gave_up:
             return super().forward(*args, **kwargs)
-        try:
+        if self._captured:
             return self._compiled(self, *args, **kwargs)
+        tried, graphs = compile_counts()
+        try:
+            found = self._compiled(self, *args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.BackendCompilerFailed) as error:
-            if not self._may_fall_back:
-                raise UserError(
-                    f"compile: block {self._compiled_name!r} cannot be compiled; write compile=false, or compile_fallback=true to run such "
-                    f"blocks as they are\n{error}"
-                ) from error
-            reason = " ".join(str(error).strip().splitlines()[:2])
-            log.warning("compile: block %r cannot be compiled and runs as it is (compile_fallback=true): %s", self._compiled_name, reason)
+            self._give_up(str(error))
+            return super().forward(*args, **kwargs)
+        now_tried, now_graphs = compile_counts()
+        if now_tried > tried and now_graphs == graphs:  # the compiler gave up without an error, and ran it as it is
+            self._give_up(compile_breaks())
+        else:
+            self._captured = True
+        return found
+
+    def _give_up(self, reason: str) -> None:
+        if not self._may_fall_back:
+            raise UserError(
+                f"compile: block {self._compiled_name!r} cannot be compiled; write compile=false, or compile_fallback=true to run such "
+                f"blocks as they are\n{reason}"
+            )
+        log.warning(
+            "compile: block %r cannot be compiled and runs as it is (compile_fallback=true): %s",
+            self._compiled_name,
+            " ".join(reason.strip().splitlines()[:2]),
+        )
         self._gave_up = True
-        return super().forward(*args, **kwargs)
