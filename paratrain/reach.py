@@ -28,7 +28,8 @@ ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "nothing"})()
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"}
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-_FOREIGN = ("torch.", "paratrain.", "logging", "threading", "weakref", "multiprocessing", "concurrent", "asyncio", "wandb", "omegaconf")
+_ENGINES = ("torch.", "paratrain.", "deepspeed.", "fairscale.", "apex.")  # their functions keep what is theirs
+_FOREIGN = (*_ENGINES, "logging", "threading", "weakref", "multiprocessing", "concurrent", "asyncio", "wandb", "omegaconf")
 _LONGEST = 1024  # entries of a container that is looked into
 _DEEPEST = 8
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, torch.Size, Enum)
@@ -136,7 +137,7 @@ def _module_slots(path: str, module: nn.Module, trained: bool) -> Iterator[Slot]
 
 def _class_slots(path: str, cls: type) -> Iterator[Slot]:
     for base in cls.__mro__:
-        if base.__module__.startswith(("torch", "paratrain", "builtins")):
+        if base.__module__.startswith((*_ENGINES, "torch", "builtins")):
             continue
         for name, value in vars(base).items():
             if not name.startswith("__") and isinstance(value, int | float | torch.Tensor | list | dict | deque):
@@ -147,7 +148,7 @@ def _functions(path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Functions of the user's own that run when a module is called."""
     at = f"{path}." if path else ""
     for base in type(module).__mro__:
-        if "forward" in vars(base) and not base.__module__.startswith(("torch.", "paratrain.")):
+        if "forward" in vars(base) and not base.__module__.startswith(_ENGINES):
             yield f"{at}forward", vars(base)["forward"]
     for kind in _HOOKS:
         for hook in (getattr(module, kind, None) or {}).values():
@@ -156,7 +157,7 @@ def _functions(path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _slots(path: str, owner: Any) -> Iterator[Slot]:
     if isinstance(owner, types.FunctionType):
-        if owner.__module__ is not None and owner.__module__.startswith(("torch.", "paratrain.")):
+        if owner.__module__ is not None and owner.__module__.startswith(_ENGINES):
             return
         for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
             yield Slot(f"{path}.{name}", cell, name, "variable")
