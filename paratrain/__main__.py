@@ -51,6 +51,7 @@ def _config(arguments: list[str]) -> int:
     import yaml
 
     from paratrain._hydra import load_config
+    from paratrain.redact import redact
     from paratrain.schema import to_dict
 
     cfg = load_config(asked.overrides, asked.config_name, asked.config_dir)
@@ -61,7 +62,7 @@ def _config(arguments: list[str]) -> int:
 
         print(json.dumps(generate(cfg, asked.deepspeed), indent=2))
         return 0
-    print(yaml.safe_dump(to_dict(cfg), sort_keys=False), end="")
+    print(yaml.safe_dump(redact(to_dict(cfg)), sort_keys=False), end="")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from paratrain import schema
 from paratrain.config import Config
 from paratrain.launch import this_program
+from paratrain.redact import redact
 
 _FLAGS = """\
 flags
@@ -36,7 +37,7 @@ def text(groups: Mapping[str, tuple[list[str], str | None]], cfg: Config) -> str
     for group, (choices, used) in sorted(groups.items()):
         marked = " ".join(f"[{choice}]" if choice == used else choice for choice in choices)
         lines.append(f"  {group:{width}}  {marked}")
-    rows = list(_section(Config, schema.to_dict(cfg), ""))
+    rows = list(_section(Config, redact(schema.to_dict(cfg)), ""))
     left = max(len(key) for key, _, doc in rows if doc is not None)
     middle = min(44, max(len(kind) for _, kind, doc in rows if doc is not None))
     lines += ["", "keys: type = value in use, meaning"]

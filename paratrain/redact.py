@@ -12,8 +12,8 @@ HIDDEN = "[redacted]"
 
 # Parts of a name that say by themselves that its value is a secret, whatever the type of the value.
 _CERTAIN = re.compile(
-    r"(?i)secret|passw|pass_?phrase|(?:^|[_.\W])(?:pass|pin|otp|dsn|sas)$|pwd$|credential|authori[sz]ation|bearer|cookie"
-    r"|access_?code|connection_?str|(?:api|access|account|private|signing|encryption|license|shared)[_-]?key(?![a-z])"
+    r"(?i)secret|passw|pass_?(?:phrase|code|key)|(?:^|[_.\W])(?:user_?)?pass$|(?:^|[_.\W])(?:pin|otp|dsn|sas|jwt|auth)$|pswd|pwd$|credential"
+    r"|authori[sz]ation|auth_?header|bearer|cookie|webhook|(?:access|security)_?code|conn(?:ection)?_?str|(?:api|access|account|private|signing|encryption|license|shared)[_-]?key(?![a-z])"
     r"|(?:auth|access|refresh|id|session|hf|api|bot|oauth)[_-]?token(?![a-z])|(?:^|[_.\W])sig(?:nature)?$"
 )
 # Names of settings, too (`max_tokens`, `num_key_value_heads`): text under them is a secret, a number is one only under `token` or `key` itself.
@@ -21,9 +21,12 @@ _LIKELY = re.compile(r"(?i:key|token)s?(?![a-z])")
 _SETTING = re.compile(r"(?i)(?:^|[_.])(?:pad|eos|bos|unk|mask|sep|cls|special|num|max|min|per|n)[_-]")
 _ALONE = re.compile(r"(?i)(?:^|[_.])(?:key|token)$")
 
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}")
-_ASSIGNED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>\s*=\s*|:(?!/)\s*)(?P<value>"[^"]*"|'[^']*'|[^\s?&;,{}\[\])"']+)""")
+_HEADER = re.compile(r"(?i)\b(authorization[\"']?\s*[:=]\s*[\"']?)(?!\[redacted)[^\s\"',]+(?:[^\S\n]+[^\s\"',]+)?")
+_PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL)
+_FLAG = re.compile(r"(?<!\S)(--?(?P<name>[A-Za-z][\w-]*)\s+)(?P<value>[^\s-]\S*)")
+_ASSIGNED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>["']?\s*=\s*|["']?:(?!/)\s*)(?P<value>"[^"]*"|'[^']*'|[^\s?&;,{}\[\])"']+)""")
 _COLON = re.compile(r":(?=[^\s/])")  # YAML wants a space behind it
 
 
@@ -45,8 +48,10 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def text(line: str) -> str:
-    """A line with the secrets in it replaced: user:password in URLs, and what is assigned to a secret name."""
-    line = _SCHEME.sub(lambda found: f"{found[1]} {HIDDEN}", _USERINFO.sub(HIDDEN, line))
+    """A text with the secrets in it replaced: user:password in URLs, private keys, and what is assigned or passed to a secret name."""
+    line = _PEM.sub(rf"\1 {HIDDEN} \2", _USERINFO.sub(HIDDEN, line)) if "://" in line or "-----" in line else line
+    line = _HEADER.sub(rf"\1{HIDDEN}", _SCHEME.sub(rf"\1 {HIDDEN}", line))
+    line = _FLAG.sub(lambda found: f"{found[1]}{HIDDEN}" if _named(found["name"]) else found[0], line)
     return _ASSIGNED.sub(_assignment, line)
 
 
@@ -77,12 +82,18 @@ def _override(word: str) -> str:
     return f"{key}{sign}{text(value)}"
 
 
+def _named(name: str) -> bool:
+    """Whether what is assigned to a name in a text is a secret."""
+    return _CERTAIN.search(name) is not None or (_ALONE.search(name) is not None and _SETTING.search(name) is None)
+
+
 def _assignment(found: re.Match) -> str:
-    name, assigned = found["name"], "=" in found["sign"]
-    secret = _CERTAIN.search(name) or (assigned and _ALONE.search(name) and not _SETTING.search(name))
-    if not secret or found["value"].startswith(HIDDEN[:-1]):
+    secret = _named(found["name"]) if "=" in found["sign"] else _CERTAIN.search(found["name"])
+    if found["value"].startswith(HIDDEN[:-1]):
         return found[0]
-    return f"{name}{found['sign']}{HIDDEN}"
+    if not secret:
+        return f"{found['name']}{found['sign']}{_ASSIGNED.sub(_assignment, found['value'])}"
+    return f"{found['name']}{found['sign']}{HIDDEN}"
 
 
 def _is_secret(name: str, value: Any) -> bool:

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 from paratrain.errors import ConfigError
+from paratrain.redact import redact
 from paratrain.suggest import did_you_mean
 
 T = TypeVar("T")
@@ -334,7 +335,7 @@ def _got(value: Any) -> str:
         return f"a section of keys ({', '.join(map(str, value))})" if value else "an empty section"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    return f"{reprlib.repr(redact(value))} ({type(value).__name__})"
 
 
 def _fault(faults: list[Fault], key: str, message: str) -> Any:

@@ -70,6 +70,40 @@ def test_no_file_and_no_line_has_a_secret(project, what):
     assert {stat.S_IMODE(path.stat().st_mode) for path in configurations} == {0o600}
 
 
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["--cfg", "job"], ["--cfg", "all"], ["--cfg", "hydra"], ["--info"], ["hydra.verbose=true"]], ids=" ".join
+)
+def test_what_is_printed_on_request_has_no_secret(project, flags):
+    done = run(project, "app.py", *PLANTED, "+app.secret={a: PLANTED, b: [PLANTED]}", f"+app.password='{'PLANTED ' * 30}'", *flags)
+    assert done.returncode == 0, done.stderr
+    assert HIDDEN in done.stdout + done.stderr
+    assert not leaks(done.stdout + done.stderr), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "+app.db={password: PLANTED",
+        "hydra.job.env_set={DB_PASSWORD: PLANTED}",
+        "+app.x=${nope:password=PLANTED}}",
+        "trainer.max_steps={pwd: PLANTED}",
+    ],
+)
+def test_what_is_said_of_a_mistake_has_no_secret(project, wrong):
+    done = run(project, "app.py", wrong)
+    assert done.returncode == 2, done.stderr
+    assert not leaks(done.stdout + done.stderr), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("line", [
+    "Authorization: token PLANTED", "mysql --password PLANTED -h x", '{"password": "PLANTED", "n": 1}', "postgres://me:p@PLANTED@host/x",
+    "-----BEGIN RSA PRIVATE KEY-----\nPLANTED\n-----END RSA PRIVATE KEY-----", "X-Api-Key: PLANTED", "https://host/?sig=PLANTED&n=1",
+])  # fmt: skip
+def test_a_text_that_holds_a_secret_is_cut(line):
+    assert not leaks(redact({"note": line})["note"])
+    assert HIDDEN in redact({"note": line})["note"]
+
+
 def test_a_sweep_of_torchruns_leaves_no_secret(project):
     done = run(project, "-m", "paratrain", "sweep", "--nproc_per_node=1", "app.py", *PLANTED, "seed=1,2")
     assert done.returncode == 0, done.stderr

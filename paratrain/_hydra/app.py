@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import basic_launcher, basic_sweeper
@@ -28,12 +32,12 @@ from omegaconf import DictConfig, OmegaConf
 from paratrain import _help, config, job, launch, notes, schema
 from paratrain._hydra.compose import ROOT, VERSION_BASE, Composed, checked, compose, from_hydra, make_loader
 from paratrain.errors import ConfigError, UserError
-from paratrain.redact import HIDDEN, line_of_overrides, redact, redact_overrides
+from paratrain.redact import HIDDEN, line_of_overrides, redact, redact_overrides, text
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_WITHOUT_SECRETS = "+hydra.callbacks.without_secrets={_target_: paratrain._hydra.app.WithoutSecrets}"
+_WITHOUT_SECRETS = "+hydra.callbacks.redaction={_target_: paratrain._hydra.app.WithoutSecrets}"
 
 
 def main(config_path: str | None = None, config_name: str = ROOT) -> Callable[[Callable[[config.Config], Any]], Callable[..., Any]]:
@@ -154,7 +158,21 @@ def _run(
 
     args.config_name = args.config_path = args.config_dir = None
     named = functools.wraps(task)(run)
-    _run_hydra(args=args, args_parser=parser, task_function=named, config_path=directory, config_name=config_name)
+    with _printed_without_secrets(printing=bool(args.cfg or args.info)):
+        _run_hydra(args=args, args_parser=parser, task_function=named, config_path=directory, config_name=config_name)
+
+
+@contextmanager
+def _printed_without_secrets(printing: bool) -> Iterator[None]:
+    """Keep secrets out of the configuration that Hydra logs with hydra.verbose=true, and prints with --cfg and --info (`printing`)."""
+    with ExitStack() as stack:
+        for name in ("hydra._internal.hydra", "hydra"):
+            logging.getLogger(name).addFilter(_yaml_without_secrets)
+            stack.callback(logging.getLogger(name).removeFilter, _yaml_without_secrets)
+        if printing:
+            printed = stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.callback(lambda: sys.__stdout__ and sys.__stdout__.write(_redacted_yaml(printed.getvalue())))
+        yield
 
 
 def _keep(directory: Path, cfg: DictConfig, settings: Any) -> None:
@@ -199,6 +217,28 @@ class WithoutSecrets(Callback):
 def _without_secrets(record: logging.LogRecord) -> bool:
     record.msg, record.args = line_of_overrides(record.getMessage()), None
     return True
+
+
+def _yaml_without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _redacted_yaml(record.getMessage()), None
+    return True
+
+
+def _redacted_yaml(printed: str) -> str:
+    """A configuration as Hydra prints it, of the task or of Hydra itself or both, without secrets; any other text as `redact.text` leaves it."""
+    try:
+        content = yaml.safe_load(printed) if "\n" in printed else None
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict):
+        return text(printed)
+    kept = redact(content)
+    if isinstance(content.get("hydra"), dict) and "overrides" in content["hydra"]:
+        kept["hydra"] = _settings_without_secrets(content["hydra"])
+    elif isinstance(content.get("overrides"), dict):
+        kept = _settings_without_secrets(content)
+    head = "".join(re.findall(r"^# @package .*\n", printed))
+    return printed if kept == content else head + OmegaConf.to_yaml(OmegaConf.create(kept))
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from paratrain import config, schema
+from paratrain import config, redact, schema
 from paratrain.errors import ConfigError, UserError
 from paratrain.suggest import did_you_mean
 
@@ -146,7 +146,7 @@ def _parse(text: str, problems: list[str]) -> Override | None:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        problems.append(f"{text}: no override, which is written key=value or group=choice ({_line(error)})")
+        problems.append(f"{redact.redact_overrides([text])[0]}: no override, which is written key=value or group=choice ({_line(error)})")
         return None
 
 
@@ -226,7 +226,7 @@ def _try(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], probl
             load([*accepted, override])
             accepted.append(override)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{override}: {_line(error)}")
+            problems.append(f"{redact.redact_overrides([override])[0]}: {_line(error)}")
         except RecursionError:
             break
     if len(problems) == count:
@@ -299,7 +299,9 @@ def _line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines()]
     for end in ("Config search path:", "Search path:"):
         lines = lines[: lines.index(end)] if end in lines else lines
-    return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See https:")))
+    return redact.text(
+        " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See https:")))
+    )
 
 
 def _explain(error: BaseException, loader: ConfigLoaderImpl, config_name: str) -> str:
