@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from paratrain import agreement, backends, distributed, layout, mesh, optim
+from paratrain import agreement, backends, distributed, layout, mesh, optim, same_code
 from paratrain.config import Config, Foreign
 from paratrain.engine import Engine
 from paratrain.loss import Loss, checked
@@ -48,6 +48,7 @@ def setup(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Con
 
 
 def _set_up(model_fn: Callable[[], nn.Module] | nn.Module, loss_fn: Loss, cfg: Config, device: torch.device) -> Engine:
+    same_code.check()
     backends.check(cfg, device)
     loss_fn = checked(loss_fn, device, POLICIES[cfg.precision.name].param_dtype)
     if cfg.trainer.deterministic:

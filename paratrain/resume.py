@@ -40,7 +40,7 @@ def find(cfg: Config, directory: Path) -> Path | None:
     if own is None and cfg.checkpoint.remote:
         directory.mkdir(parents=True, exist_ok=True)
         own = remote.download(cfg.checkpoint.remote, directory)
-    if own is None and asked == "auto" and (spoilt := checkpoint.damaged(directory)):
+    if own is None and (spoilt := checkpoint.damaged(directory)):
         tried = f"all {len(spoilt)} checkpoints of this job are" if len(spoilt) > 1 else "the only checkpoint of this job is"
         raise UserError(
             f"{directory}: {tried} damaged ({', '.join(path.name for path in spoilt[-3:])}), so there is nothing to go on from; restore one of "

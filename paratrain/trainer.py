@@ -16,18 +16,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from paratrain import build, checkpoint, data, distributed, notes, resume, when
+from paratrain import build, checkpoint, data, distributed, lock, notes, resume, when
 from paratrain import callbacks as events
 from paratrain.agreement import FIT, agreed
 from paratrain.api import setup
 from paratrain.batch import LocalBatch
-from paratrain.checkpoint import lock
 from paratrain.checkpoint.saver import Saver
 from paratrain.config import Config
 from paratrain.engine import Engine
 from paratrain.errors import UserError
 from paratrain.faults import batches as bad_batches
-from paratrain.faults import memory, restarts, signals
+from paratrain.faults import growth, memory, restarts, signals
 from paratrain.faults.nonfinite import NonFiniteError
 from paratrain.faults.watchdog import Watchdog
 from paratrain.goodput import Goodput, since_process_start
@@ -94,6 +93,7 @@ class Trainer:
         self._asked = signals.Asked()
         self._watchdog = Watchdog(when.seconds(cfg.trainer.step_timeout), self.output_dir)
         self._spikes = bad_batches.SpikeDetector(cfg.trainer.spike)
+        self._growth = growth.Growth()
         self._left_out: set[int] = set()  # steps whose batches are not trained on
         self._skipped = self._rollbacks = 0  # in a row; since the last checkpoint
         self._logged: int | None = None  # steps of the last log line and of the newest checkpoint
@@ -202,6 +202,7 @@ class Trainer:
                 self._note_proof(self._proof.verdict)
             if engine.global_step == 1 or engine.global_step % cfg.trainer.log_every == 0:
                 metrics = self._log(outputs, result, meter)
+                self._growth.note(engine.global_step, last)
             with meter.pause():
                 if self._periods["eval"]():
                     metrics |= self._evaluate_and_log(outputs)

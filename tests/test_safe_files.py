@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import paratrain as pt
-from paratrain import checkpoint, state
-from paratrain.checkpoint import CheckpointError, lock, remote, sources
+from paratrain import checkpoint, lock, state
+from paratrain.checkpoint import CheckpointError, remote, sources
 from paratrain.data import tokens
 from paratrain.errors import UserError
 from paratrain.metrics import sinks

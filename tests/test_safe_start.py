@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import paratrain as pt
-from paratrain import distributed, notes
-from paratrain.checkpoint import lock
+from paratrain import distributed, lock, notes
 from paratrain.errors import UserError
 from paratrain.spawn import run
 

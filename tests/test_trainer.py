@@ -277,7 +277,7 @@ def test_mistakes_are_named(tmp_path):
 
 def locking(directory, seconds):
     """The number of a process that holds the lock of `directory`, for so long."""
-    from paratrain.checkpoint import lock
+    from paratrain import lock
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -304,7 +304,7 @@ def test_two_jobs_in_one_directory_are_refused_by_name(tmp_path):
 
 def test_the_lock_of_a_dying_process_is_waited_for(tmp_path):
     """A killed process may end its write to the disk first; its lock lives so long."""
-    from paratrain.checkpoint import lock
+    from paratrain import lock
 
     child = locking(tmp_path, 0.7)
     with lock.held(tmp_path):

@@ -29,7 +29,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from paratrain import _help, config, job, launch, notes, schema
+from paratrain import _help, config, job, launch, lock, notes, schema
 from paratrain._hydra.compose import ROOT, VERSION_BASE, Composed, checked, compose, from_hydra, make_loader
 from paratrain.errors import ConfigError, UserError
 from paratrain.redact import HIDDEN, line_of_overrides, redact, redact_overrides, text
@@ -271,6 +271,9 @@ def _output_dir(composed: Composed, store: Store | None) -> list[str]:
         os.makedirs(chosen, exist_ok=True)
         if not os.access(chosen, os.W_OK | os.X_OK):
             raise PermissionError(13, os.strerror(13))
+        if os.path.lexists(os.path.join(chosen, lock.FILE_NAME)):
+            with lock.held(Path(chosen)):  # or this job would write over the configuration of another before it is refused
+                pass
     except OSError as error:
         where = f"hydra.run.dir: cannot write to {chosen}: {error.strerror}; write hydra.run.dir=DIRECTORY, one that this user may write to"
         raise ConfigError([where]) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from paratrain import notes, state
-from paratrain.checkpoint import remote
+from paratrain.checkpoint import files, remote
 from paratrain.checkpoint.directory import best, prune, read_meta, step_path
 from paratrain.checkpoint.manifest import CheckpointError
 from paratrain.checkpoint.storage import save, stage
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from paratrain.engine import Engine
 
 log = logging.getLogger(__name__)
+
+_SLOW = 30.0
+"""Seconds after which a save that training waits for is told of, again and again."""
 
 
 class Saver:
@@ -92,7 +97,7 @@ class Saver:
         Raises:
             CheckpointError: as many saves in a row failed as `checkpoint.max_failures` allows.
         """
-        self.join()
+        self._wait()
         path, error = self._path, self._error
         self._path = self._error = self._thread = None
         if error is None:
@@ -108,6 +113,27 @@ class Saver:
         if is_main_process():
             log.error("%s\ntraining goes on; failed saves in a row: %d of %d", error, self.failures, self.options.max_failures)
         return None
+
+    def _wait(self) -> None:
+        """`join`, that says what a save waits for when that takes long: a file system that does not answer looks like a hang."""
+        began = time.monotonic()
+        while self._thread and self._thread.is_alive():
+            self._thread.join(_SLOW)
+            if self._thread.is_alive():
+                log.warning(
+                    "training has waited %.0f s for the end of the save of %s, which %s",
+                    time.monotonic() - began,
+                    self._path,
+                    self._doing(),
+                )
+
+    def _doing(self) -> str:
+        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread else None
+        while frame is not None and frame.f_code.co_filename != files.__file__:
+            frame = frame.f_back
+        if frame is None:
+            return "is being prepared, or waits for other ranks"
+        return f"waits for the file system of {frame.f_locals.get('path')} ({frame.f_code.co_name})"
 
     def join(self, seconds: float | None = None) -> None:
         """Wait for the thread of the save in flight, for at most `seconds`."""
