@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -82,6 +83,11 @@ def local_box(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Any]) ->
 def has_gradient_hooks(param: torch.Tensor) -> bool:
     """Whether `register_hook` or `register_post_accumulate_grad_hook` was called on it; nothing public tells."""
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def hooks_made() -> int:
+    """How many hooks on tensors and modules this process has registered so far."""
+    return RemovableHandle.next_id
 
 
 def take_hooks(param: torch.Tensor) -> list[tuple[dict[int, Any], bool]]:

@@ -116,7 +116,7 @@ class Engine:
         self._params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._totals = Totals(mesh, layout, self._params, self._names(), device)
         anywhere = partial(self._totals.largest, over=mesh.data)
-        own = isinstance(cfg.strategy, Foreign) or layout.experts.group is not None  # experts leave fillers out themselves
+        own = isinstance(cfg.strategy, Foreign) or bool(layout.experts.modules)  # experts leave fillers out themselves
         self._fillers = Fillers(self._beside, self._moved, anywhere, layout.unordered, device, 1 if own else self._data_ranks)
         self._looked = 0  # steps in which the calls of forward were looked at
         over_data = partial(self._totals.over_ranks, over=mesh.weights)

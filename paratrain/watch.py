@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from paratrain import optim, own_loop
-from paratrain.compat import take_hooks
+from paratrain.compat import has_gradient_hooks, hooks_made, take_hooks
 from paratrain.config import Foreign
 from paratrain.errors import UserError
 from paratrain.optim.state import numbers
@@ -21,6 +22,8 @@ from paratrain.totals import Totals
 
 if TYPE_CHECKING:
     from paratrain.engine import Engine
+
+_trained, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 class Changes:
@@ -40,21 +43,33 @@ class Changes:
     def _look(self) -> None:
         model = self._engine.model
         modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # whose tables are no dicts
-        stores: list[dict[str, Any]] = [store for module in modules for store in (module._parameters, module._modules)]
-        self._stores = [store for store in stores if store]
-        self._rest = [store for store in stores if not store]
-        self._ids = self._identities()
+        tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._modules)]
+        self._tables = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]
+        self._held = [dict(table) for table in self._tables]
+        held = [(table, name, value) for table in self._tables for name, value in table.items() if isinstance(value, torch.Tensor)]
+        self._single = [(table, name, value) for table, name, value in held if value.numel() == 1]
+        firsts = {id(table): value for table, _, value in reversed(held) if value.is_floating_point()}
+        self._firsts = list(firsts.values())  # what changes the dtype of a module changes that of its first weight
         self._named = dict(model.named_parameters(remove_duplicate=False))
         self._modules = set(model.modules())
         self._params = list(dict.fromkeys(self._named.values()))
-        self._marks = self._marked()
+        self._marks, self._dtypes = self._marked(), list(map(_dtype, self._params))
+        self._first_dtypes = list(map(_dtype, self._firsts))
         self._groups = self._grouped()
+        self._hooks_made = -1
 
-    def _identities(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._stores))))
+    def _rebuilt(self) -> bool:
+        """Whether a module or parameter was added, removed or replaced; every step pays for it, so all of it is compared at once."""
+        try:  # what is the same object is equal at once; two tensors of several elements are neither equal nor not
+            if self._tables != self._held or any(self._empty):
+                return True
+        except Exception:
+            return True
+        return any(table[name] is not param for table, name, param in self._single)
 
-    def _marked(self) -> list[tuple[bool, torch.dtype]]:
-        return [(param.requires_grad, param.dtype) for param in self._params]
+    def _marked(self) -> list[bool]:
+        return list(map(_trained, self._params))
 
     def _grouped(self) -> list[int]:
         return [len(group["params"]) for optimizer in self._engine.optimizers for group in optimizer.param_groups]
@@ -71,17 +86,19 @@ class Changes:
         Raises:
             UserError: a change that this layout cannot follow; names it, and says what to write.
         """
-        if self._identities() != self._ids or any(self._rest):
+        if self._rebuilt():
             self._engine._layout.settle()  # a forward without a backward may have left gathered weights
-            if self._identities() != self._ids or any(self._rest):
+            if self._rebuilt():
                 self._follow_modules()
-        if self._marked() != self._marks:
+        if self._marked() != self._marks or list(map(_dtype, self._firsts)) != self._first_dtypes:
             self._follow_marks()
         if self._grouped() != self._groups:
             self._follow_groups()
-        for param in self._params if not self._fixed else ():  # another package may have hooks of its own
-            if param._backward_hooks or param._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
-                self._follow_hooks(param)
+        if (made := hooks_made()) != self._hooks_made:
+            self._hooks_made = made
+            for param in self._params if not self._fixed else ():  # another package may have hooks of its own
+                if has_gradient_hooks(param):
+                    self._follow_hooks(param)
         self._follow_rates()
 
     # ------------------------------------------------------------------ modules and their parameters
@@ -136,7 +153,7 @@ class Changes:
     def _follow_marks(self) -> None:
         engine = self._engine
         names = {param: name for name, param in reversed(self._named.items())}
-        for param, (_, dtype) in zip(self._params, self._marks, strict=True):
+        for param, dtype in zip(self._params, self._dtypes, strict=True):
             if param.dtype is not dtype:
                 raise UserError(
                     f"model: {names[param]} is {str(param.dtype).removeprefix('torch.')} since the last step and was "
@@ -146,7 +163,7 @@ class Changes:
         held = {param for optimizer in engine.optimizers for group in optimizer.param_groups for param in group["params"]}
         thawed = [names[param] for param in self._params if param.requires_grad and param not in held]
         if self._fixed or engine.cfg.trainer.update_in_backward:
-            changed = next(p for p, (was, _) in zip(self._params, self._marks, strict=True) if p.requires_grad is not was)
+            changed = next(p for p, was in zip(self._params, self._marks, strict=True) if p.requires_grad is not was)
             what = f"strategy={engine.cfg.strategy.name}" if self._fixed else "trainer.update_in_backward=true"
             raise UserError(
                 f"{what}: requires_grad of {names[changed]} changed after set-up, which cannot be followed there; freeze by the key freeze, or set "

@@ -95,6 +95,10 @@ def test_what_forward_counts_over_the_ranks_leaves_fillers_out():
     assert_exact(Numbered, numbers, square, "ddp", ranks=3)
 
 
+def test_fillers_under_sharding():
+    assert_exact(Centred, rows((9, 2)), square, "fsdp", ranks=3)
+
+
 def test_forwards_that_need_a_sample():
     assert_refused(Stern, rows(SIZES), square, "ddp", says="give every batch at least 3 samples", ranks=3)
     assert_exact(SternAlone, rows(SIZES), square, "ddp", ranks=3)

@@ -160,7 +160,7 @@ class Agreement:
         Raises:
             UserError: another rank called something else, or the ranks have parted before.
         """
-        if not self.doing or self.doing == [FIT]:
+        if self.between_calls:
             if self.over is not None:
                 raise self._echoed(self.over)
             self._failing = False
@@ -588,6 +588,8 @@ def agreed(
         @functools.wraps(method)
         def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
             agreement: Agreement = self.agreement
+            if not agreement.between_calls:  # the one that runs ends as this one does
+                return method(self, *args, **kwargs)
             agreement.enter(doing, together if isinstance(together, bool) else together(self), rare)
             try:
                 result = method(self, *args, **kwargs)
