@@ -419,7 +419,7 @@ class ForwardState:
         return box[0]
 
     def _combined(self, step: _Step, path: str, kind: str, had: Frozen, moved: dict[Unit, tuple[Slot, Frozen]]) -> Any:
-        """The mean over samples, or what was there and the sum of all changes."""
+        """The mean over samples, or what was there and the sum of all changes but those by filler samples."""
         start = had.value()
         leaves, spec = tree_flatten(start)
         stage = min((unit[0] for unit in moved if isinstance(unit, tuple)), default=None)  # another of this rank's would count it again
@@ -434,7 +434,7 @@ class ForwardState:
                 )
             wide = (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, device=self._device)).to(torch.float64)
             if kind == "sum":
-                change = sum((_wide(part[index], wide) - wide for _, part in parts), torch.zeros_like(wide))
+                change = sum((_wide(part[index], wide) - wide for real, part in parts if real), torch.zeros_like(wide))
                 result = wide + self._summed(change)
             else:
                 total = self._summed(sum((_wide(part[index], wide) * real for real, part in parts), torch.zeros_like(wide)))
