@@ -122,3 +122,48 @@ def test_a_second_job_is_refused_before_it_writes_a_file(tmp_path):
     assert f"another job, process {os.getpid()} on host" in done.stderr
     assert kept.read_text() == "of the first\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hydra", ".lock"]
+
+
+class Shards(torch.utils.data.Dataset):
+    """A file a sample, read as it is needed."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        for number in range(16):
+            torch.save(torch.full((3,), number / 16), directory / f"shard-{number}.pt")
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.load(self.directory / f"shard-{index}.pt"), torch.ones(1)
+
+
+def test_a_shard_that_vanishes_is_named_and_back_again_training_ends_bit_equal(tmp_path):
+    def fit(name, data, **callbacks):
+        cfg = pt.load_config([
+            "trainer.max_steps=4", "checkpoint.every=1", "data.global_batch=4", "trainer.device=cpu", f"output_dir={tmp_path / name}",
+            "logger.sinks=[jsonl]", "trainer.prove=off", "trainer.log_every=1",
+        ])  # fmt: skip
+        trainer = pt.Trainer(cfg, lambda: nn.Linear(3, 1), nn.functional.mse_loss, data, callbacks=list(callbacks.values()))
+        trainer.fit()
+        return trainer.engine.full_state_dict()
+
+    (tmp_path / "data").mkdir()
+    data = Shards(tmp_path / "data")
+    expected = fit("undisturbed", data)
+
+    class Vanish(pt.Callback):
+        def on_step_end(self, trainer, result):
+            if trainer.engine.global_step == 2:
+                self.gone = tmp_path / "data" / f"shard-{trainer.order.batch(3)[1]}.pt"
+                self.gone.rename(self.gone.with_suffix(".away"))
+
+    vanish = Vanish()
+    with pytest.raises(FileNotFoundError) as caught:
+        fit("hurt", data, vanish=vanish)
+    assert vanish.gone.name in str(caught.value)
+    assert any("while reading sample" in note and "of a Shards" in note for note in caught.value.__notes__)
+    vanish.gone.with_suffix(".away").rename(vanish.gone)
+    found = fit("hurt", data)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

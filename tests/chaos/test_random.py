@@ -13,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import five_hundred
 import pytest
 from jobs import finish, logged, same, start
 
@@ -70,3 +71,13 @@ def test_kills_at_random_moments(strategy, tmp_path, undisturbed):
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [STEPS - 2, STEPS - 1, STEPS]
     left = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".") and "damaged" not in path.name]
     assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_random_faults_of_every_kind_lose_nothing():
+    """A tenth of the 500 of five_hundred.py: each is survived, bit-equal, or stopped by name."""
+    table = five_hundred.main(50, seed=1)
+    bad = {kind: end for kind, ends in table.items() for end in ends if end not in ("survived", "stopped")}
+    assert bad == {}
+    assert sum(ends["survived"] for ends in table.values()) > 30
