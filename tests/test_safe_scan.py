@@ -37,10 +37,11 @@ def test_30_runs_leave_no_secret(tmp_path, caplog, capfd, monkeypatch):
     data = [(torch.full((3,), float(i)), torch.ones(1)) for i in range(8)]
     for number, kind in enumerate(KINDS):
         sinks = "console,jsonl,csv,tensorboard" + (",wandb" if number % 10 == 0 else "")
+        prove = "background" if number % 10 == 0 else "off"
         for steps in (2, 4):
             cfg = pt.load_config([
                 f"+app.{kind}", f"trainer.max_steps={steps}", "checkpoint.every=2", "data.global_batch=4", "trainer.device=cpu", "trainer.log_every=1",
-                f"output_dir={tmp_path / str(number)}", f"logger.sinks=[{sinks}]", f"checkpoint.remote='memory://me:{WORD}@bucket'",
+                f"output_dir={tmp_path / str(number)}", f"logger.sinks=[{sinks}]", f"checkpoint.remote='memory://me:{WORD}@bucket{number}'", f"trainer.prove={prove}",
             ])  # fmt: skip
             trainer = pt.Trainer(cfg, lambda: nn.Linear(3, 1), nn.functional.mse_loss, data)
             if number % 5 == 1 and steps == 4:
