@@ -197,6 +197,10 @@ class ForwardState:
             for buffer, value in statistics:
                 buffer.copy_(value)
 
+    def left(self) -> list[str]:
+        """What forward writes and never reads, as far as steps were looked at, and what the configuration leaves to each rank."""
+        return sorted(path for path, kind in self._kinds.items() if kind == "local")
+
     def digests(self) -> dict[str, str]:
         """What can be compared of all that forward may move, but for weights and what is large."""
         found = [slot for slot in self._slots() if slot.kind != "parameter"]
@@ -424,6 +428,7 @@ class ForwardState:
         leaves, spec = tree_flatten(start)
         stage = min((unit[0] for unit in moved if isinstance(unit, tuple)), default=None)  # another of this rank's would count it again
         units = [unit for unit in step.weights if stage is None or (isinstance(unit, tuple) and unit[0] == stage)]
+        units = [unit for unit in units if step.weights[unit]]  # what a filler sample made of it may be no number
         parts = [(step.weights[unit], tree_flatten(moved[unit][1].value())[0] if unit in moved else leaves) for unit in units]
         weight = self._summed(float(sum(real for real, _ in parts)))
         results = []
@@ -432,7 +437,7 @@ class ForwardState:
                 raise UserError(
                     f"trainer.forward_state={{{path}: {kind}}}: {path} is no number or tensor of one shape; write rank0 or local"
                 )
-            wide = (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, device=self._device)).to(torch.float64)
+            wide = _tensor(leaf, self._device).to(torch.float64)
             if kind == "sum":
                 change = sum((_wide(part[index], wide) - wide for real, part in parts if real), torch.zeros_like(wide))
                 result = wide + self._summed(change)
@@ -514,4 +519,9 @@ def _shape(leaf: Any) -> Any:
 
 
 def _wide(leaf: Any, like: torch.Tensor) -> torch.Tensor:
-    return (leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf)).to(like)
+    return _tensor(leaf, like.device).to(like)
+
+
+def _tensor(leaf: Any, device: torch.device) -> torch.Tensor:
+    """A number as it is: Python's are float64."""
+    return leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=torch.float64, device=device)
