@@ -7,18 +7,26 @@ what depends on its micro-batch, which its line then says. Options: LAYOUT [NAME
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import os
+import pickle
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from paratrain import spawn
-from paratrain.config import DDP, FSDP, Config, SyntheticData, Trainer, Zero1
+from paratrain.config import DDP, FSDP, Config, Precision, SyntheticData, Trainer, Zero1
 from paratrain.verify import run
 from paratrain.verify.compare import compare
 from paratrain.verify.doubt import doubts
@@ -27,7 +35,9 @@ from paratrain.verify.run import Job, exact
 from paratrain.verify.trace import Trace
 from paratrain.verify.verdict import STEPS
 
-CHUNK = 12  # architectures that a process proves, one after another
+CHUNK = 20  # architectures that a process proves, one after another
+PATIENCE = 120  # seconds that a rank waits for the other
+SLOW = 1.0  # CPU seconds of a forward, above which a model is left out
 VOCAB, TIME, SAMPLES, MOST = 33, 8, 5, 3_000_000
 SIZES = {
     "vocab_size": VOCAB,
@@ -42,7 +52,8 @@ SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
-    "moe_intermediate_size": 16,
+    **dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("rotary_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     "shared_expert_intermediate_size": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -106,16 +117,20 @@ def configured(name: str, model_type: str) -> tuple[type, object] | str:
         config = transformers.AutoConfig.for_model(model_type)
         for inner in [config, *(getattr(config, part, None) for part in ("text_config", "decoder", "encoder"))]:
             for key, value in SIZES.items():
-                if inner is not None and getattr(inner, key, None) is not None:
-                    setattr(inner, key, value)
+                with contextlib.suppress(Exception):  # what has a value for each layer, or none that can be set
+                    if inner is not None and getattr(inner, key, None) is not None:
+                        setattr(inner, key, value)
         config._experts_implementation = "eager"  # the fused kernels know no float64
         kind = getattr(transformers, name)
         with torch.device("meta"):
             size = sum(param.numel() for param in kind(config).parameters())
         if size > MOST:
             return f"{size / 1e6:.0f}M parameters"
-        Logits(kind, config).eval()(batches()[0][0])
-        return kind, config
+        model, began = Logits(kind, config).eval(), time.process_time()
+        model(batches()[0][0])
+        return (
+            (kind, config) if time.process_time() - began < SLOW else "a forward of such few tokens takes long: a fallback of fused kernels"
+        )
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:80]
 
@@ -130,27 +145,66 @@ def job(name: str, model_type: str, use: str, layout: str) -> Job | str:
     return Job(lambda: Logits(*found), label_loss if use == "labels" else token_loss, batches(), cfg, STEPS, 2, activations=False)
 
 
-def alone(chunk: list[tuple[str, str, str]], layout: str) -> list[object]:
-    """In a process: rank 0 the plain loop, rank 1 the same with weights moved by their last bit; text where that fails."""
-    jitter = os.environ["RANK"] == "1"
-    return [_attempted(lambda made: run.reference(made, jitter), job(*one, layout)) for one in chunk]
+def proven(chunk: list[tuple[str, str, str]], layout: str, directory: str) -> list[object]:
+    """In a rank: of each model (whether in float32, the trace of one process, that of the layout); text where that fails.
+
+    The process of rank 1 moves the weights by their last bit. Every model has a process of its own, forked from this one.
+    """
+    import transformers.models.auto.modeling_auto  # noqa: F401  read once, and not in every process
+
+    found: list[object] = []
+    for index, one in enumerate(chunk):
+        answer = Path(directory) / f"{index}-{os.environ['RANK']}"
+        child = os.fork()
+        if not child:
+            try:
+                answer.write_bytes(pickle.dumps(_proven(one, layout, f"{directory}/{index}")))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        found.append(
+            pickle.loads(answer.read_bytes())
+            if answer.exists()
+            else (False, "not proven  its process died", "not proven  its process died")
+        )
+    return found
 
 
-def together(chunk: list[tuple[str, str, str]], layout: str) -> list[object]:
-    """In a rank: the layout."""
-    return [_attempted(run.layout, job(*one, layout)) for one in chunk]
+def _proven(one: tuple[str, str, str], layout: str, store: str) -> tuple[bool, object, object]:
+    launched = dict(os.environ)
+    rank, narrow = int(launched["RANK"]), False
+    made = job(*one, layout)
+    single = _attempted(lambda: run.reference(made, rank == 1) if isinstance(made, Job) else made)
+    if isinstance(made, Job) and not isinstance(single, Trace):  # as the proof of a job does it, where a model knows no float64
+        narrow, made = True, dataclasses.replace(made, cfg=dataclasses.replace(made.cfg, precision=Precision("32-true")))
+        _alone()
+        again = _attempted(lambda: run.reference(made, rank == 1) if isinstance(made, Job) else made)
+        single = again if isinstance(again, Trace) else single
+    _alone()
+    os.environ.update(launched)
+    shared = dist.FileStore(store, 2)
+    dist.init_process_group("gloo", store=shared, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
+    both: list[object] = [None, None]
+    dist.all_gather_object(both, isinstance(single, Trace))
+    if not all(both):
+        return narrow, single, "not proven  one of two processes failed"
+    return narrow, single, _attempted(lambda: run.layout(made) if isinstance(made, Job) else made)
 
 
-def _attempted(call: Callable[[Job], object], made: Job | str) -> object:
-    if isinstance(made, str):
-        return f"not built  {made}"
+def _alone() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _attempted(call: Callable[[], object]) -> object:
     try:
-        return call(made)
+        made = call()
+        return f"not built  {made}" if isinstance(made, str) else made
     except Exception as error:
         return f"not proven  {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
 
 
-def judged(reference: object, noise: object, ranks: list[object]) -> str:
+def judged(reference: object, noise: object, ranks: list[object], dtype: torch.dtype) -> str:
     """What came out, in a line."""
     for found in (reference, noise, *ranks):
         if not isinstance(found, Trace):
@@ -158,7 +212,7 @@ def judged(reference: object, noise: object, ranks: list[object]) -> str:
     traces = [rank for rank in ranks if isinstance(rank, Trace)]
     assert isinstance(reference, Trace)
     assert isinstance(noise, Trace)
-    result = compare(reference, noise, traces, torch.float64)
+    result = compare(reference, noise, traces, dtype)
     if doubt := doubts(result, reference, traces):
         return f"not proven  {doubt}"
     if result.differences:
@@ -176,14 +230,18 @@ def main(layout: str = "ddp", *names: str) -> int:
     for start in range(0, len(every), CHUNK):
         chunk = every[start : start + CHUNK]
         try:
-            singles = spawn.run(run.quietly, 2, alone, chunk, layout, timeout=3600, init=False)
-            ranks = spawn.run(run.quietly, 2, together, chunk, layout, timeout=3600)
+            with tempfile.TemporaryDirectory() as directory:
+                ranks = spawn.run(run.quietly, 2, proven, chunk, layout, directory, timeout=3600, init=False)
         except spawn.RankError as error:
             print(f"not proven  {', '.join(name for name, _, _ in chunk)}: {error.summary}", flush=True)
             seen["not proven"] += len(chunk)
             continue
         for index, (name, _, _) in enumerate(chunk):
-            said = judged(singles[0][index], singles[1][index], [rank[index] for rank in ranks])
+            narrow = ranks[0][index][0]
+            said = judged(
+                *(rank[index][1] for rank in ranks), [rank[index][2] for rank in ranks], torch.float32 if narrow else torch.float64
+            )
+            said += " in float32, the only dtype it trains in" * (narrow and said.startswith("proven"))
             seen[said.partition("  ")[0]] += 1
             print(f"{name:45} {said}", flush=True)
     print(", ".join(f"{count} {status}" for status, count in seen.most_common()), f"(strategy={layout}, torch {torch.__version__})")

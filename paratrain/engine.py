@@ -8,7 +8,7 @@ the loss scale and the clipping factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -235,11 +235,11 @@ class Engine:
         self._losses.begin()
         return StepResult(totals, math.nan, self.lr, self.scaler.scale, False, tuple(self._losses.weights))
 
-    def prove(self, batches: tuple[Any, Any] | Sequence[tuple[Any, Any]]) -> Any:
+    def prove(self, batches: tuple[Any, Any] | Iterable[tuple[Any, Any]]) -> Any:
         """Prove, on the CPU of rank 0's host, that this layout trains the model as one process does; every rank must call it, and waits.
 
         Args:
-            batches: one global batch (inputs, targets) or several, as `local` takes them; rank 0's are used.
+            batches: one global batch (inputs, targets) or several, as `local` takes them, of which the first four are read; rank 0's are used.
 
         Returns:
             The verdict: `status` ("proven", or "not proven" where nothing could be said), `line` for people, and `report`.

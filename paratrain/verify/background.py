@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import pickle
@@ -180,7 +181,7 @@ def _packages(engine: Engine) -> set[str]:
 
 def prove(engine: Engine, batches: Any) -> Any:
     """`Engine.prove`."""
-    given = [batches] if isinstance(batches, tuple) else list(batches)
+    given = [batches] if isinstance(batches, tuple) else list(itertools.islice(batches, verdicts.STEPS))  # they may have no end
     if not given:
         raise UserError("engine.prove([]): give it at least one global batch (inputs, targets), as engine.local takes it")
     proof = Proof(engine, lambda samples: given, engine.total_updates, "before")

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from paratrain.reach import matches
 from paratrain.verify.attributes import Found, apart
 from paratrain.verify.trace import Event, Key, Trace
 
@@ -86,23 +87,42 @@ class Comparison:
     lines: dict[str, Line] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # outputs whose dim 0 does not count samples
     passing: list[str] = field(default_factory=list)  # state that is of the last forward alone
+    accepted: list[str] = field(default_factory=list)  # state that the configuration leaves to each rank
+    written: list[str] = field(default_factory=list)  # state that forward writes and does not read, each rank its own
     bound: Tolerance | None = None
 
     def line(self, kind: str) -> Line:
         return self.lines.setdefault(kind, Line(kind))
 
 
-def compare(reference: Trace, noise: Trace, ranks: Sequence[Trace], compute: torch.dtype) -> Comparison:
-    """Every difference, in the order of execution on one process."""
+def compare(reference: Trace, noise: Trace, ranks: Sequence[Trace], compute: torch.dtype, accepted: Sequence[str] = ()) -> Comparison:
+    """Every difference, in the order of execution on one process.
+
+    Args:
+        accepted: globs of states that the configuration leaves to each rank, which are not compared.
+    """
     bound = Tolerance(reference, noise, compute)
     result = Comparison(bound=bound)
+
+    written = {path for trace in ranks for path in trace.extra.get("left", ())}
+
+    def left(kind: str, name: str) -> bool:
+        path = name.replace("(loss)", "loss")
+        for globs, names in ((accepted, result.accepted), (written, result.written)):
+            if kind in ("buffer", "weight", "attribute") and (found := matches(path, globs)):
+                names.append(path if globs is accepted else found)
+                return True
+        return False
+
     steps = sorted({key.step for key in reference.events})
     for step in steps:
         _compare_samples(step, reference, ranks, result)
         for key, event in reference.events.items():
-            if key.step == step and not (key.kind == "buffer" and _passing(key, event, reference, ranks, result)):
+            if key.step != step or left(key.kind, key.name):
+                continue
+            if not (key.kind == "buffer" and _passing(key, event, reference, ranks, result)):
                 _compare_event(key, event, ranks, bound, result)
-        _compare_attributes(step, reference, ranks, bound, result)
+        _compare_attributes(step, reference, ranks, bound, result, left)
     return result
 
 
@@ -262,13 +282,17 @@ def _passing(key: Key, event: Event, reference: Trace, ranks: Sequence[Trace], r
     return False
 
 
-def _compare_attributes(step: int, reference: Trace, ranks: Sequence[Trace], bound: Tolerance, result: Comparison) -> None:
+def _compare_attributes(
+    step: int, reference: Trace, ranks: Sequence[Trace], bound: Tolerance, result: Comparison, left: Callable[[str, str], bool]
+) -> None:
     """Numbers and tensors in plain attributes, of those that moved anywhere."""
     found: Found = reference.extra["attributes"]
     here = found.after.get(step, {})
     theirs = [trace.extra["attributes"] for trace in ranks]
     moved = dict.fromkeys([*here, *(name for other in theirs for name in other.after.get(step, {}) if name in found.first)])
     for name in moved:
+        if left("attribute", name):
+            continue
         if name in found.memoryless:
             result.passing.append(name)
             continue

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ from paratrain import spawn
 from paratrain.config import Config
 from paratrain.errors import UserError
 from paratrain.mesh import AXES
+from paratrain.reach import matches
 from paratrain.verify import explain, life, run
 from paratrain.verify.case import Evidence, Explanation
 from paratrain.verify.compare import Comparison, Difference, compare
-from paratrain.verify.doubt import doubts
+from paratrain.verify.doubt import doubts, unreached_weights
 from paratrain.verify.plain import DTYPES
 from paratrain.verify.report import Report
 from paratrain.verify.run import Job
 from paratrain.verify.trace import Key, Trace
+
+
+class DoesNotTrain(UserError):
+    """The model does not train on one process as it is asked to here."""
 
 
 def verify(
@@ -43,8 +49,9 @@ def verify(
 
     Args:
         model_fn, loss_fn: as for `setup`; sent to the processes by `cloudpickle`.
-        batch: a global batch (inputs, targets) with samples along dim 0; a list of them, taken in turn; a map-style data set, read
-            through the loader with `cfg.data`; or a callable that returns one of these, called in each process.
+        batch: a global batch (inputs, targets) with samples along dim 0; a list of them, taken in turn; an iterator, of which as many
+            as there are steps are read; a map-style data set, read through the loader with `cfg.data`; or a callable that returns a
+            batch, a list or a data set, called in each process.
         cfg: of the layout. `cfg.verify` says how many steps and ranks and in which dtype; `verify.dtype=float64` replaces the precision.
         ranks: processes; None: `cfg.verify.ranks`.
 
@@ -66,7 +73,9 @@ def verify(
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, micro_batch_size=None))
     if options.dtype == "float64":
         cfg = run.exact(cfg)
-    batches = [batch] if isinstance(batch, tuple) else batch
+    batches = (
+        [batch] if isinstance(batch, tuple) else list(itertools.islice(batch, options.steps)) if isinstance(batch, Iterator) else batch
+    )
     total = cfg.scheduler.total_steps or cfg.trainer.max_steps
     job = Job(model_fn, loss_fn, batches, cfg, options.steps, options.ranks if ranks is None else ranks, total)
     report = examine(job, 60 * options.timeout_minutes, with_life=True)
@@ -86,7 +95,7 @@ def examine(job: Job, timeout: float, with_life: bool) -> Report:
     if isinstance(traces, Report):
         return dataclasses.replace(traces, setup=setup)
     autocast = DTYPES[cfg.precision.name]
-    result = compare(reference, noise, traces, autocast[1] or autocast[0])
+    result = compare(reference, noise, traces, autocast[1] or autocast[0], run.accepted(cfg))
     split = [axis for axis in ("tp", "pp", "cp", "ep") if getattr(cfg.parallel, axis) > 1 and traces[0].extra.get("split")]
     notes = _notes(result, traces, split, job)
     differences, explanation = result.differences, ""
@@ -98,7 +107,7 @@ def examine(job: Job, timeout: float, with_life: bool) -> Report:
         report = examine(fuller, timeout, with_life=False)
         return report if not report.ok else dataclasses.replace(report, unproven="two runs of it disagree about whether anything differs")
     elif differences:
-        explanation = _explain(job, differences[0], reference, traces, timeout, notes)
+        explanation = _explain(job, differences[0], reference, traces, timeout, notes) + _as_asked(job, differences)
         state = next((other for other in differences if other.key.kind == "attribute"), None)
         if state is not None and differences[0].error == "unknown":  # what no simple relation explains, this does
             explanation, differences[0].error = str(explain.moved(state)), "state"
@@ -110,7 +119,9 @@ def examine(job: Job, timeout: float, with_life: bool) -> Report:
         explanation = str(found[0][1]) if found else ""
         notes += life.notes(result)
     first = differences[0] if differences else None
-    return Report(first, explanation, differences, list(result.lines.values()), setup, notes, unproven=unproven)
+    left_out = [f"what forward writes and does not read ({_listed(result.written)})"] if result.written else []
+    left_out += [unreached] if not unproven and (unreached := unreached_weights(result, reference)) else []
+    return Report(first, explanation, differences, list(result.lines.values()), setup, notes, unproven=unproven, left_out=left_out)
 
 
 def check(
@@ -144,9 +155,9 @@ def _single(job: Job, timeout: float) -> list[Trace]:
     try:
         return spawn.run(run.quietly, 2, _on_one, job, timeout=timeout, init=False)
     except spawn.RankError as error:
-        raise UserError(
-            _users_mistake(error) or f"the model does not train on one process, before any layout is applied:\n{_first(error)}"
-        ) from None
+        if mistake := _users_mistake(error):
+            raise UserError(mistake) from None
+        raise DoesNotTrain(f"the model does not train on one process, before any layout is applied:\n{_first(error)}") from None
 
 
 def _layout(body: Callable[..., Trace], job: Job, timeout: float, *args: Any) -> list[Trace] | Report:
@@ -215,6 +226,15 @@ def _explain(job: Job, first: Difference, reference: Trace, traces: list[Trace],
         found = explain.explain(evidence)
     first.error = found.error
     return str(found)
+
+
+def _as_asked(job: Job, differences: list[Difference]) -> str:
+    """A state that differs is what the configuration makes of it."""
+    rules = job.cfg.trainer.forward_state
+    for difference in differences:
+        if (glob := matches(difference.name.replace("(loss)", "loss"), rules)) is not None:
+            return f" What {difference.name} becomes is said by trainer.forward_state={{{glob}: {rules[glob]}}}; local accepts that it depends on the layout."
+    return ""
 
 
 def _explain_data(first: Difference) -> Explanation:
@@ -295,6 +315,11 @@ def _describe(job: Job) -> dict[str, Any]:
     }
 
 
+def _listed(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _notes(result: Comparison, traces: list[Trace], split: list[str], job: Job) -> list[str]:
     notes = []
     if result.skipped:
@@ -308,6 +333,10 @@ def _notes(result: Comparison, traces: list[Trace], split: list[str], job: Job) 
             f"{len(names)} attributes or buffers are not compared, because they say only what the last forward was given: "
             f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         )
+    if result.accepted:
+        notes.append(f"trainer.forward_state leaves {_listed(result.accepted)} to each rank: not compared")
+    if result.written:
+        notes.append(f"forward writes {_listed(result.written)} and does not read it: each rank has its own, which is not compared")
     if split:
         parts = "optimizer states" if split == ["tp"] else "activations and optimizer states"
         notes.append(

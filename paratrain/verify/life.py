@@ -96,7 +96,8 @@ def _loaded_state(ranks: Sequence[Trace], result: Comparison) -> Iterator[Findin
         saved, loaded = trace.extra["saved"], trace.extra["loaded"]
         loaded = {key[1:]: digest for key, digest in loaded.items()}
         line.compared += len(saved)
-        kept = [key for key in saved if not (key.kind == "buffer" and key.name in result.passing)]
+        of_ranks = {*result.passing, *result.written, *result.accepted}
+        kept = [key for key in saved if not (key.kind == "buffer" and key.name in of_ranks)]
         wrong = [key for key in kept if loaded.get(key[1:]) != saved[key]]
         line.differ += len(wrong)
         if wrong:

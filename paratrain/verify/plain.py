@@ -209,6 +209,9 @@ class Observer(Watch):
         }
         for name, param in model.named_parameters(remove_duplicate=False):
             self.add(Key(-1, "initial weight", name), param)
+        self.trace.extra["trained"] = {
+            name: param.numel() for name, param in model.named_parameters() if param.requires_grad and param.numel()
+        }
         self._buffers("initial buffer")
         self.first_buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self.narrow = Narrow(self.trace.extra["narrow"])

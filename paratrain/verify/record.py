@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from paratrain.engine import Engine
 from paratrain.result import StepResult
 from paratrain.verify.attributes import Attributes
 from paratrain.verify.sketch import whole
-from paratrain.verify.trace import Event, Key, Trace, Watch, event, generator_digest, number, sample_hashes, tensor_digest
+from paratrain.verify.trace import Event, Key, Trace, Watch, event, generator_digest, number, sample_hashes, tensor_digest, whole_digest
 
 _GRADIENTS = ("gradient", "clipped gradient")
 
@@ -68,7 +70,9 @@ class Recorder(Watch):
         assert size != "auto", "what fits here says nothing: `verify` takes whole shares instead"
         parts = batches.split(share, size)
         self.sizes = [(max(real, 1), real) for _, _, real in parts]
-        self.trace.samples[self.number] = sample_hashes(share.inputs, share.targets, share.real)
+        self.trace.samples[self.number] = hashes = sample_hashes(share.inputs, share.targets, share.real)
+        piped = self.engine.mesh.root["pp"].size() > 1  # which takes micro-batches of its own
+        self.trace.parts[self.number] = list(hashes) if piped else _parts_of(hashes, parts)
         result = self.engine.train_step(share)
         if not self.randomness:
             self._numbers(self.number, result)
@@ -162,6 +166,14 @@ class Recorder(Watch):
 
         module.register_forward_pre_hook(entered)
         module.register_forward_hook(left)
+
+
+def _parts_of(hashes: list[str], parts: Sequence[tuple[Any, Any, int]]) -> list[str]:
+    """What tells apart what micro-batches are given, whatever the order of their samples."""
+    if not hashes:
+        return [whole_digest((inputs, targets)) if real else "" for inputs, targets, real in parts]
+    ends = list(itertools.accumulate(real for _, _, real in parts))
+    return [" ".join(sorted(hashes[start:end])) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def is_split(engine: Engine) -> bool:

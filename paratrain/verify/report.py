@@ -27,6 +27,7 @@ class Report:
         notes: what was left out of the comparison, and why.
         seconds: how long it took.
         unproven: why nothing could be proven either way; "" where something was.
+        left_out: what the comparison says nothing of, in words: weights that no gradient reached, state that forward only writes.
     """
 
     first_difference: Difference | None
@@ -37,6 +38,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     unproven: str = ""
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -73,7 +75,7 @@ class Report:
             lines += [f"  {'explanation':<12} {self.explanation}"]
             if len(self.differences) > 1:
                 lines += [f"  {'then':<12} {len(self.differences) - 1} more tensors differ, most of them as a consequence"]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  note: {note}" for note in [*self.notes, *(f"left out: {part}" for part in self.left_out)]]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -91,6 +93,7 @@ class Report:
             "compared": [{key: _finite(value) for key, value in asdict(line).items()} for line in self.lines],
             "setup": self.setup,
             "notes": self.notes,
+            "left_out": self.left_out,
             "seconds": round(self.seconds, 3),
         }
 

@@ -78,6 +78,11 @@ def exact(cfg: Config) -> Config:
     return dataclasses.replace(cfg, precision=Precision("32-true" if isinstance(cfg.strategy, DeepSpeed) else "64-true"))
 
 
+def accepted(cfg: Config) -> list[str]:
+    """Globs of the state that depends on the layout because the configuration says so."""
+    return [glob for glob, rule in cfg.trainer.forward_state.items() if rule in ("local", "rank0")]
+
+
 def reference(job: Job, jitter: bool, zoom: frozenset[Key] = frozenset(), key: Key | None = None) -> Trace:
     """Train on one process, by the plain loop.
 
@@ -133,6 +138,7 @@ def layout(job: Job, zoom: frozenset[Key] = frozenset()) -> Trace:
             draws.step = step
             recorder.step(share)
         recorder.trace.extra["draws"] = marks(draws)
+    recorder.trace.extra["left"] = engine._moved.left()
     recorder.trace.seconds = time.monotonic() - began
     return recorder.trace
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from paratrain.config import DDP, Checkpoint, Config, DeepSpeed, Logger, Memory, Parallel, Pipeline, Sharded, Trainer, Verify
 from paratrain.mesh import DATA
-from paratrain.verify.run import exact
+from paratrain.verify.run import accepted, exact
 
 _LOSSY = "paratrain.optim.LowBitAdamW"
 _DEPTH = ("layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
@@ -132,7 +132,18 @@ def _without_what_cannot_be_compared(cfg: Config) -> tuple[Config, list[str]]:
     if trainer.batch_norm == "local":
         left_out.append("trainer.batch_norm=local, which makes the result depend on the layout (sync was proven)")
     plain = Trainer()
-    kept_keys = ("clip_norm", "clip_value", "clip_adaptive", "loss_count", "loss_weights", "update_in_backward", "deterministic")
+    if own := accepted(cfg):
+        left_out.append(f"what trainer.forward_state leaves to each rank ({', '.join(own)})")
+    kept_keys = (
+        "clip_norm",
+        "clip_value",
+        "clip_adaptive",
+        "loss_count",
+        "loss_weights",
+        "update_in_backward",
+        "deterministic",
+        "forward_state",
+    )
     trainer = dataclasses.replace(plain, device="cpu", **{name: getattr(trainer, name) for name in kept_keys})
     cfg = dataclasses.replace(
         cfg,

@@ -56,6 +56,7 @@ class Trace:
     Attributes:
         events: in the order of execution.
         samples: step -> a hash of each sample that this rank was given and that counts.
+        parts: step -> what tells apart what each of its micro-batches was given.
         place: (its rank among those that hold different samples, the lowest rank of those).
         full: whole tensors of the keys that were asked for.
         draws: where random numbers were drawn: (step, micro-batch, module, call) -> digest of the generator before.
@@ -67,6 +68,7 @@ class Trace:
 
     events: dict[Key, Event] = field(default_factory=dict)
     samples: dict[int, list[str]] = field(default_factory=dict)
+    parts: dict[int, list[str]] = field(default_factory=dict)
     place: tuple[int, int] = (0, 0)
     full: dict[Key, Tensor] = field(default_factory=dict)
     draws: dict[tuple[int, int, str, int], str] = field(default_factory=dict)
@@ -179,6 +181,16 @@ def sample_hashes(inputs: Any, targets: Any, samples: int) -> list[str]:
     if any(leaf.layout is not torch.strided for leaf in leaves) or len({len(leaf) for leaf in leaves}) != 1:
         return []
     return ["".join(tensor_digest(leaf[i])[:8] for leaf in leaves) for i in range(min(samples, len(leaves[0])))]
+
+
+def whole_digest(batch: Any) -> str:
+    """A digest of a batch whose samples cannot be told apart: of its tensors, and of all else as it is printed."""
+    leaves = [tensor_digest(leaf) if _dense(leaf) else repr(leaf) for leaf in tree_leaves(batch)]
+    return hashlib.blake2b("\n".join(leaves).encode(errors="replace"), digest_size=8).hexdigest()
+
+
+def _dense(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_nested and leaf.layout is torch.strided
 
 
 def event(full: Tensor) -> Event:

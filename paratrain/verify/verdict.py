@@ -62,7 +62,7 @@ def not_proven(reason: str, lasting: bool = False) -> Verdict:
 
 def of_report(report: Report, ranks: int, left_out: Iterable[str]) -> Verdict:
     """The verdict that `report` comes to."""
-    left_out = tuple(left_out)
+    left_out = (*left_out, *report.left_out)
     without = f"; left out: {', '.join(left_out)}" if left_out else ""
     if report.unproven:
         return dataclasses.replace(not_proven(report.unproven, lasting=True), left_out=left_out, report=report)

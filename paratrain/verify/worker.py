@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from paratrain import spawn
-from paratrain.config import Config
+from paratrain.config import Config, Precision
 from paratrain.errors import UserError
 from paratrain.verify import smaller
-from paratrain.verify.core import examine
+from paratrain.verify.core import DoesNotTrain, examine
+from paratrain.verify.report import Report
 from paratrain.verify.run import Job
 from paratrain.verify.verdict import STEPS, Verdict, not_proven, of_report
 
@@ -85,15 +86,37 @@ def prove(task: Task) -> Verdict:
         cpu_seconds=max(10.0, task.budget / (small.ranks + 2)),
     )
     try:
-        report = examine(job, task.patience, with_life=False)
+        try:
+            report = examine(job, task.patience, with_life=False)
+        except DoesNotTrain as error:
+            if (narrower := _in_float32(job, task.patience)) is None:
+                raise
+            report = narrower
+            left_out.append(f"float64, in which the model does not train ({_last_line(error)}): proven in float32")
     except UserError as error:
         limited = "SIGXCPU" in str(error)
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1].strip()}"
+        first, more = str(error).strip().partition("\n")[::2]
+        reason = f"{first.rstrip(':')}: {_last_line(error)}" if more else first
         return not_proven(_out_of_time(task.budget) if limited else reason, lasting=limited)
     if report.first_difference is not None and "SIGXCPU" in report.explanation:
         return not_proven(_out_of_time(task.budget), lasting=True)
     return of_report(report, small.ranks, left_out)
+
+
+def _in_float32(job: Job, patience: float) -> Report | None:
+    """A model may know float32 alone: the report on that; None where it does not train in it either."""
+    if job.cfg.precision.name != "64-true":
+        return None
+    try:
+        return examine(
+            dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, precision=Precision("32-true"))), patience, with_life=False
+        )
+    except DoesNotTrain:
+        return None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _out_of_time(budget: float) -> str:

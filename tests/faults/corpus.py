@@ -303,7 +303,6 @@ def seeds_itself(sown: bool) -> nn.Module:
 
 
 SCALED = config(precision=Precision("16-mixed", LossScale(init=1024.0)), verify=Verify(dtype="configured"))
-LOCAL_STATE = config(trainer=Trainer(forward_state={"mean": "local"}, device="cpu"))
 LOCAL_NORM = config(trainer=Trainer(batch_norm="local", device="cpu"))
 EXPERTS = config(parallel=Parallel(ep=2))
 WARMUP = config(scheduler=Scheduler("constant", warmup_steps=10))
@@ -337,7 +336,7 @@ CORPUS = [
     Fault("update skipped on one rank", skipped_on_one_rank, "stale", "only on rank 2"),
     Fault("schedule advances once for every process", schedule_by_processes, "schedule", "3 times", cfg=WARMUP),
     Fault("a rank is given another's samples", another_ranks_samples, "repeated samples", "reach no rank"),
-    Fault("running statistics not synchronised", None, "own statistics", "not synchronised", build=lambda sown: models.RunningMean(), loss=lambda sown: models.square_loss, batches=models.vectors(), cfg=LOCAL_STATE),
+    Fault("running statistics not synchronised", state_is_not_watched, "own statistics", "not synchronised", build=lambda sown: models.RunningMean(), loss=lambda sown: models.square_loss, batches=models.vectors()),
     Fault("BatchNorm over each rank's samples (trainer.batch_norm=local)", None, "own statistics", "BatchNorm", build=lambda sown: models.conv_batch_norm(), loss=lambda sown: models.square_loss, batches=models.vectors(length=6), cfg=LOCAL_NORM),
     Fault("dropout the same on all data ranks", same_dropout, "same dropout", "without the data rank", build=lambda sown: models.Tied(0.3)),
     Fault("the model seeds its own dropout", None, "same dropout", "seeds it itself", build=seeds_itself),
