@@ -10,9 +10,9 @@ from .corpus import ANY, CORPUS
 HEAD = """# Detection table of verify
 
 Written by `python -m tests.faults` (torch {version}, CPU, gloo). Every fault is sown into the ranks of a `ddp` layout (that of experts: with `parallel.ep=2`),
-the one process it is compared with stays sound. *Found*: exit code 1. *Explained*: the kind of error is the right one, and the explanation names the cause,
-where one is asked for. From "a BatchNorm subclass loses its own forward" on they are programs as users write them, each with what a layout has done to it in silence:
-what would be found if the mend were taken out.
+the one process it is compared with stays sound. *Found*: exit code 1. *Explained*: the kind of error is the right one, and the explanation names the cause;
+where no simple relation holds between right and wrong (unknown), it names the module or weight in which the difference begins. From "a BatchNorm subclass loses its own forward" on they are programs as users write them, each with what a layout has done to it in silence:
+whether that is found with the mend taken out.
 
 {found} of {total} found, {explained} of {total} explained.
 

@@ -18,6 +18,7 @@ from paratrain.engine import Engine
 from paratrain.forward_state import ForwardState
 from paratrain.parallel.ddp import Replicas
 from paratrain.parallel.experts import Experts
+from paratrain.parallel.recompute import BlockState
 
 from . import models, programs
 
@@ -124,6 +125,7 @@ def no_sync_left_open() -> None:
 def state_is_not_watched() -> None:
     """What mends or refuses state that forward moves is taken out."""
     ForwardState.begin = lambda self, *_, **__: None
+    BlockState.looks = lambda self: False
 
 
 def averaged_twice() -> None:
@@ -305,9 +307,15 @@ def seeds_itself(sown: bool) -> nn.Module:
 SCALED = config(precision=Precision("16-mixed", LossScale(init=1024.0)), verify=Verify(dtype="configured"))
 LOCAL_NORM = config(trainer=Trainer(batch_norm="local", device="cpu"))
 EXPERTS = config(parallel=Parallel(ep=2))
+
+
+def steps_in_a_block(sown: bool) -> nn.Module:
+    return nn.Sequential(programs.Steps(sown))
+
+
 WARMUP = config(scheduler=Scheduler("constant", warmup_steps=10))
 
-STATEFUL = (programs.Steps, programs.Carried, programs.Average, programs.Queue, programs.Codebook)
+STATEFUL = (programs.Steps, steps_in_a_block, programs.Carried, programs.Average, programs.Queue, programs.Codebook)
 
 CORPUS = [
     Fault("gradient not reduced over the data axis", not_reduced, "not reduced", "not reduced over axis dp"),
@@ -350,33 +358,33 @@ CORPUS = [
     *(
         Fault(name, state_is_not_watched if build in STATEFUL else None, error, says, build=build, loss=lambda sown: models.square_loss, batches=models.vectors(), cfg=cfg, ranks=2)
         for name, build, error, says, cfg in [
-            ("a BatchNorm subclass loses its own forward", programs.norm_act, ANY, "", config()),
-            ("a mask that hangs on no weight is remembered from the first batch", programs.Passed, ANY, "", config()),
-            ("weights reached another way get no gradient", programs.Detached, ANY, "", config(strategy=DDP())),
-            ("blocks write into a copy of a list", programs.ListArgument, ANY, "", config()),
-            ("a constructor draws after parts that were built on meta", programs.Drawn, ANY, "", config()),
-            ("a tensor in a dict is never filled", programs.Garbage, ANY, "", config()),
+            ("a BatchNorm subclass loses its own forward", programs.norm_act, "unknown", "in or before 1 ", config()),
+            ("a mask that hangs on no weight is remembered from the first batch", programs.Passed, "unknown", "in or before down", config()),
+            ("weights reached another way get no gradient", programs.Detached, "missing", "does not use this parameter", config(strategy=DDP())),
+            ("blocks write into a copy of a list", programs.ListArgument, "unknown", "in or before down", config()),
+            ("a constructor draws after parts that were built on meta", programs.Drawn, "unknown", "in or before down", config()),
+            ("a tensor in a dict is never filled", programs.Garbage, "unknown", "in or before down", config()),
             ("a counter moves once a micro-batch", programs.Steps, "state", "once a micro-batch", config(2)),
-            ("a counter moves again in recomputation", lambda sown: nn.Sequential(programs.Steps(sown)), ANY, "", config(memory=Memory(recompute="full", blocks=["0"]))),
-            ("a memory carries each rank's own mean", programs.Carried, ANY, "", config()),
-            ("an average in a buffer moves once a micro-batch", programs.Average, ANY, "", config(2)),
-            ("a memory holds this rank's last sample", programs.Queue, ANY, "", config()),
+            ("a counter moves again in recomputation", steps_in_a_block, "state", "once more in recomputation", config(memory=Memory(recompute="full", blocks=["0"]))),
+            ("a memory carries each rank's own mean", programs.Carried, "state", "each rank moves it by its own samples", config()),
+            ("an average in a buffer moves once a micro-batch", programs.Average, "own statistics", "not synchronised", config(2)),
+            ("a memory holds this rank's last sample", programs.Queue, "unknown", "in or before down", config()),
             ("a codebook counts this rank's samples", programs.Codebook, "own statistics", "not synchronised", config()),
-            ("writes into a weight go nowhere", programs.Padded, ANY, "", config()),
+            ("writes into a weight go nowhere", programs.Padded, "unknown", "in or before up", config()),
             ("a hook sees the gradient of a part", programs.Clamped, ANY, "", config(2)),
             ("a weight switched on after set-up is not trained", programs.Frozen, "missing", "does not use this parameter", config()),
-            ("two names of one weight come apart", programs.Untied, ANY, "", config()),
-            ("the parts of a fused weight in the order of ranks", programs.Heads, ANY, "", config()),
+            ("two names of one weight come apart", programs.Untied, "half of a tied weight", "shared by", config()),
+            ("the parts of a fused weight in the order of ranks", programs.Heads, "unknown", "in or before down", config()),
         ]
     ),
-    Fault("a term left in a list is lost", None, ANY, "", build=programs.Appends, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
-    Fault("a gradient of a gradient is lost", None, ANY, "", build=programs.Penalised, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
+    Fault("a term left in a list is lost", None, "zero", "detached from the loss", build=programs.Appends, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
+    Fault("a gradient of a gradient is lost", None, "unknown", "in or before down.weight", build=programs.Penalised, loss=lambda sown: programs.with_term, batches=models.vectors(), ranks=2),
     Fault("a loss moves a state of its own", state_is_not_watched, "state", "or the loss", build=lambda sown: models.mlp(), loss=None, module=programs.StateInLoss, batches=models.vectors(), cfg=config(2), ranks=2),
     Fault("samples counted by every rank that holds a part of them", None, "count", "more targets", build=lambda sown: models.mlp(), loss=lambda sown: programs.counted_twice if sown else models.square_loss, batches=models.vectors(), ranks=2),
     Fault("a mean over tokens weighed by samples", None, "count", "targets", loss=lambda sown: programs.own_means if sown else models.token_loss, ranks=2),
     Fault("a mean over the weights of classes taken for one over targets", None, "count", "targets", loss=programs.weighed, ranks=2),
     Fault("the gradient of a count is lost", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.count_with_gradient, batches=models.vectors(), ranks=2),
-    Fault("a list is not sliced with its tensors", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.first_labels, batches=models.vectors(), ranks=2),
-    Fault("a loss compares the samples of a part", None, ANY, "", build=lambda sown: models.mlp(), loss=programs.contrast, batches=models.vectors(), ranks=2),
+    Fault("a list is not sliced with its tensors", None, "unknown", "in or before the loss", build=lambda sown: models.mlp(), loss=programs.first_labels, batches=models.vectors(), ranks=2),
+    Fault("a loss compares the samples of a part", None, "own samples", "compares samples with each other", build=lambda sown: models.mlp(), loss=programs.contrast, batches=models.vectors(), ranks=2),
     Fault("stochastic depth, and a loss averaged by ranks", mean_of_rank_means, "mean of means", "by ranks", build=programs.Dropped, loss=lambda sown: models.square_loss, batches=models.vectors(9), ranks=2),
 ]  # fmt: skip
