@@ -170,7 +170,7 @@ def _layout(body: Callable[..., Trace], job: Job, timeout: float, *args: Any) ->
         raised = [rank for rank, text in error.failures.items() if not text.startswith("stopped")]
         hung = all(text.startswith("hung") for text in error.failures.values())
         text = str(error)
-        detail = "the ranks wait for each other" if hung else _first(error).rstrip().splitlines()[-1]
+        detail = "the ranks wait for each other" if hung else last_line(_first(error))
     cause = (
         "ranks that do not call the same collectives in the same order"
         if hung
@@ -179,6 +179,12 @@ def _layout(body: Callable[..., Trace], job: Job, timeout: float, *args: Any) ->
     difference = Difference(Key(0, "execution", body.__name__), raised, 1.0, 0.0, error="hang" if hung else "exception", detail=detail)
     found = f"{detail}: ranks {', '.join(map(str, raised))} failed where one process did not. Usual cause: {cause}.\n{text}"
     return Report(difference, found, [difference], [], {})
+
+
+def last_line(text: str) -> str:
+    """What was raised, of a traceback: its last line but for notes of where that was."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return next((line for line in reversed(lines) if not line.startswith("(in ")), lines[-1])
 
 
 def _first(error: spawn.RankError) -> str:

@@ -19,7 +19,7 @@ from paratrain import spawn
 from paratrain.config import Config, Precision
 from paratrain.errors import UserError
 from paratrain.verify import smaller
-from paratrain.verify.core import DoesNotTrain, examine
+from paratrain.verify.core import DoesNotTrain, examine, last_line
 from paratrain.verify.report import Report
 from paratrain.verify.run import Job
 from paratrain.verify.verdict import STEPS, Verdict, not_proven, of_report
@@ -92,11 +92,11 @@ def prove(task: Task) -> Verdict:
             if (narrower := _in_float32(job, task.patience)) is None:
                 raise
             report = narrower
-            left_out.append(f"float64, in which the model does not train ({_last_line(error)}): proven in float32")
+            left_out.append(f"float64, in which the model does not train ({last_line(str(error))}): proven in float32")
     except UserError as error:
         limited = "SIGXCPU" in str(error)
         first, more = str(error).strip().partition("\n")[::2]
-        reason = f"{first.rstrip(':')}: {_last_line(error)}" if more else first
+        reason = f"{first.rstrip(':')}: {last_line(str(error))}" if more else first
         return not_proven(_out_of_time(task.budget) if limited else reason, lasting=limited)
     if report.first_difference is not None and "SIGXCPU" in report.explanation:
         return not_proven(_out_of_time(task.budget), lasting=True)
@@ -113,10 +113,6 @@ def _in_float32(job: Job, patience: float) -> Report | None:
         )
     except DoesNotTrain:
         return None
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _out_of_time(budget: float) -> str:
