@@ -34,6 +34,7 @@ from paratrain.mesh import Mesh
 from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
 from paratrain.named_losses import NamedLosses
+from paratrain.one_batch import OneBatch
 from paratrain.optim import limits, schedules
 from paratrain.optim.ema import EMA
 from paratrain.optim.in_backward import UpdateInBackward
@@ -78,6 +79,7 @@ class Engine:
         ema: moving average of the weights; None without `ema`.
         noise_scale: running averages behind `train/noise_scale`; None without `trainer.noise_scale`.
         micro_batch_size: samples a rank runs at once; None: its whole part of the global batch.
+        needs_all: whether every rank must take part in a forward, and in whatever gives the whole weights.
         recipe: what `setup` was given, kept on rank 0 for `prove`.
     """
 
@@ -96,7 +98,9 @@ class Engine:
     ):
         self.cfg, self.mesh, self.device, self.blueprint = cfg, mesh, device, blueprint
         self.model: nn.Module = layout.model
-        self.agreement = agreement.know(layout.model)
+        # one rank alone would wait for ever in a forward, or for the whole weights
+        self.needs_all = agreement.needs_all(layout.model) or mesh.root["pp"].size() == dist.get_world_size() > 1
+        self.agreement = agreement.know(layout.model, self.needs_all)
         self.optimizers = optimizers
         self.global_step = 0
         self.updates = 0
@@ -130,6 +134,7 @@ class Engine:
         self._in_backward = UpdateInBackward(optimizers) if cfg.trainer.update_in_backward else None
         size = cfg.data.micro_batch_size
         self.micro_batch_size: int | None = 1 if size == "auto" else size
+        self._one_batch = OneBatch(mesh.root)
         self._auto = AutoMicroBatch(self._rehearse, anywhere, self._none_fits) if size == "auto" else None
         self._unit: float | None = None
         self._unit_agreed = False  # over the stages of a pipeline, of which only the last sees a loss
@@ -151,7 +156,7 @@ class Engine:
         self._foreign = isinstance(cfg.strategy, Foreign)
         self._strays = False  # gradients came from another engine's backward
         own_loop.watch_optimizers(self, optimizers)
-        own_loop.take_whole_states(self)
+        own_loop.keep_states_whole(self)
         own_loop.let_copy(self)
 
     # ------------------------------------------------------------------ whole steps
@@ -180,6 +185,7 @@ class Engine:
         if self._window is not None:
             raise UserError("train_step() in the middle of a step: backward() has run; call engine.step() first")
         self._changes.follow()
+        self._one_batch.check(batch)
         share, dealt = self._share(batch), isinstance(batch, LocalBatch)
         if self._auto is not None:
             self.micro_batch_size = self._auto.fit(share)
@@ -216,6 +222,7 @@ class Engine:
     @torch.no_grad()
     def eval_step(self, batch: LocalBatch | tuple[Any, Any]) -> StepResult:
         """The loss of this rank's part of a global batch, summed over ranks, in evaluation mode; changes nothing."""
+        self._one_batch.check(batch)
         micro = self._micro_batches(batch, isinstance(batch, LocalBatch))
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
@@ -229,6 +236,7 @@ class Engine:
                     window = self._totals.add(window, *self._loss(self.model, inputs, targets, real))
         finally:
             self._layout.settle()
+            self._end_sequences()
             for module, mode in modes:
                 module.training = mode
         totals = self._losses.weighed(self._totals.over_ranks((*window, *self._losses.sums)))
@@ -378,6 +386,7 @@ class Engine:
         for param in self._params:
             param.grad = None
         self._layout.end_step()
+        self._end_sequences()
         self._counted = self._counted + totals[1]
         self._votes = ()
         self._losses.begin()
@@ -401,7 +410,7 @@ class Engine:
 
     # ------------------------------------------------------------------ state
 
-    @agreed("engine.full_state_dict()", together=lambda engine: agreement.needs_all(engine.model))
+    @agreed("engine.full_state_dict()", together=lambda engine: engine.needs_all)
     @_at_work
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on rank 0's CPU under the user's own names; an empty dict on other ranks. Every rank must call it."""
@@ -698,6 +707,11 @@ class Engine:
                 context.prove(self._outputs, parts[0][0], everywhere)
                 self._layout.settle()
         return parts
+
+    def _end_sequences(self) -> None:
+        """From here on the program may call the model, with whole sequences."""
+        if self._layout.context is not None:
+            self._layout.context.length = 0
 
     def _outputs(self, inputs: Sequence[Any]) -> list[Any]:
         """What the model returns for each; nothing on the stages of a pipeline but the last."""

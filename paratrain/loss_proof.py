@@ -116,7 +116,7 @@ class LossProof:
         if self._several or several_losses or (not self._weighted and self._over.size() > 1):
             text = (
                 "loss_fn returned a count with a gradient, and the gradient of sum / count cannot be known before the counts of all micro-batches "
-                "are; detach it if it is to be a constant (count.detach()), or write data.micro_batch_size=null and return one loss"
+                "are; detach it if it is to be a constant (count.detach()), or return one loss, and write data.micro_batch_size=null without parallel.pp"
             )
             if watch is None:
                 raise UserError(text)

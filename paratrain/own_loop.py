@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from paratrain import gradients
+from paratrain.agreement import agreed
 from paratrain.build import locate
 from paratrain.errors import UserError
 from paratrain.totals import or_one
@@ -112,26 +113,51 @@ def _add_group(engine: Engine, optimizer: torch.optim.Optimizer, add: Callable[[
     add(group)
 
 
-def take_whole_states(engine: Engine) -> None:
-    """Let `engine.model.load_state_dict` take the whole model's state where this rank holds some of its stages only, in place."""
+def keep_states_whole(engine: Engine) -> None:
+    """Where this rank holds some stages only, let `state_dict` of `engine.model` and of its modules give the whole state, on every rank,
+    and `load_state_dict` take it; in place."""
     pipeline = engine._layout.pipeline
-    if pipeline is None:
+    if pipeline is None or engine._foreign:
         return
 
     def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        held = module.state_dict().keys()
+        with engine._views:
+            held = module.state_dict().keys()
         for name in pipeline.state:
             if name not in held:
                 state_dict.pop(f"{prefix}{name}", None)
 
+    def complete(path: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not engine._views.at_work and (module is engine.model or not prefix):  # or it is a part of what a module around it gives
+            _fill(engine, path, state_dict, prefix)
+
     engine.model.register_load_state_dict_pre_hook(drop)
+    for name, module in engine.model.named_modules():
+        path = f"{name}." if name else ""
+        if any(entry.startswith(path) for entry in pipeline.state):
+            module.register_state_dict_post_hook(partial(complete, path))
+
+
+@agreed("state_dict() of the engine's model", together=lambda engine: engine.needs_all)
+def _fill(engine: Engine, path: str, state_dict: dict[str, Any], prefix: str) -> None:
+    """Add the entries that other stages hold to the state of the module at `path`, in the order of the whole model."""
+    pipeline = engine._layout.pipeline
+    assert pipeline is not None
+    held = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    names = {name: name.removeprefix(path) for name in pipeline.state if name.startswith(path)}
+    whole = dict(pipeline.spread({name: held[short] for name, short in names.items() if short in held}, names))
+    others = {name: value for name, value in held.items() if f"{path}{name}" not in whole}
+    state_dict.clear()
+    state_dict.update({f"{prefix}{short}": held.get(short, whole[name]) for name, short in names.items()})
+    state_dict.update({f"{prefix}{name}": value for name, value in others.items()})
 
 
 @torch.no_grad()
 def load_whole(engine: Engine, state: Mapping[str, torch.Tensor]) -> None:
     """See `Engine.load_full_state_dict`."""
     pipeline = engine._layout.pipeline
-    held = {name: value for name, value in engine.model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    with engine._views:
+        held = {name: value for name, value in engine.model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     known = held.keys() if pipeline is None else pipeline.state.keys()
     forms = [[(name, value.shape, value.dtype) for name, value in state.items()]]
     if dist.get_world_size() > 1:

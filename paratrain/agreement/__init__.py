@@ -485,12 +485,16 @@ def close() -> None:
             made.channel.close()
 
 
-def know(model: torch.nn.Module) -> Agreement:
-    """The agreement of the engine of a model; it notes calls of its forward from outside of the engine where that needs every rank."""
+def know(model: torch.nn.Module, together: bool) -> Agreement:
+    """The agreement of the engine of a model.
+
+    Args:
+        together: a forward needs every rank, so that calls of it from outside of the engine are noted.
+    """
     assert _MADE, "setup makes it"
     agreement = _MADE[0][1]
     agreement.models.append(weakref.ref(model))
-    if agreement.peers and needs_all(model):
+    if agreement.peers and together:
         model.register_forward_pre_hook(_note_forward, prepend=True)  # before the weights are gathered
     return agreement
 

@@ -47,7 +47,7 @@ class Context:
 
     Attributes:
         ranks: degree of the axis.
-        length: positions of the sequence that is running, on this rank.
+        length: positions of the sequence that is running, on this rank; 0 outside of the engine's steps.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, cfg: Config):
@@ -124,8 +124,20 @@ class Context:
 
     def scaled_dot_product_attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """torch's function of that name over the whole sequence, for the heads of this rank."""
+        if not self.length:
+            return self._alone(*args, **kwargs)
         with torch._C.DisableTorchFunction():  # the same mode is active once more where a block is inside of the model
             return self._attend(*args, **kwargs)
+
+    def _alone(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same where the program calls the model by itself: then each rank has whole sequences, and no other rank need take part."""
+        if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in (*args, *kwargs.values())):
+            raise UserError(
+                f"parallel.cp={self.ranks}: a forward outside of engine.train_step() has whole sequences on every rank, so training on it would share "
+                "nothing; write engine.train_step(batch), call the model under torch.no_grad() to evaluate it, or write parallel.cp=1"
+            )
+        with torch._C.DisableTorchFunction():
+            return _ATTENTION(*args, **kwargs)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
         """UserError for a form of it that cannot be honoured exactly."""
@@ -208,6 +220,8 @@ class Context:
         if not outputs:
             return None
         plain, again, end, start = (_leaves(each) for each in outputs)
+        if any(leaf.ndim < 2 for leaf in plain):  # refused by what it returns in evaluation
+            return None
         if len(plain) != len(again) or not all(a.shape == b.shape and _close(a, b) for a, b in zip(plain, again, strict=True)):
             return None
         return _MET if _met(plain, end, start) else None

@@ -90,8 +90,9 @@ def _guesses(model: nn.Module, device: str) -> Iterator[Any]:
         for size in [*steps, *numbers, 224, 32, 64, 28]:
             if first.kernel_size[0] <= size <= 1024:
                 yield floats(2, first.in_channels, *[size] * spatial)
+    recurrent = [m.input_size for m in model.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
     linears = [m.in_features for m in model.modules() if isinstance(m, nn.Linear)]
-    for features in dict.fromkeys(linears[:4]):
+    for features in dict.fromkeys([*recurrent[:2], *linears[:4]]):
         yield floats(2, features)
         for length in lengths:
             yield floats(2, length, features)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -407,6 +407,24 @@ class Pipeline:
                     dist.recv(as_bytes(value), group=self.group, group_src=holder)
             if value is not None:
                 yield name, value
+
+    def spread(self, held: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named entries of the whole model's state_dict, those that another rank of the pipeline holds copied from it. Every rank must iterate it.
+
+        Args:
+            held: those of them that this rank holds.
+        """
+        every = self.everywhere({name: value.dtype for name, value in held.items()})
+        for name in names:
+            holder = next(rank for rank, dtypes in enumerate(every) if name in dtypes)
+            here = held.get(name)
+            value = here if self.rank == holder else torch.empty(self.state[name], dtype=every[holder][name], device=self._wire.device)
+            assert value is not None
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
+            if not all(name in dtypes for dtypes in every):
+                dist.broadcast(as_bytes(value.detach().contiguous() if self.rank == holder else value), group=self.group, group_src=holder)
+            yield name, value if here is None else here
 
     def _buffer_holder(self, name: str) -> tuple[int, ...]:
         """Buffers live where the weights of their module do, or everywhere."""

@@ -23,17 +23,19 @@ class Ghost(torch.Tensor):
     Attributes:
         meta: the same tensor on the meta device, on which its operators run.
         origin: name of a weight that it hangs on.
+        travels: a stage that follows the forward of a step made it; False outside of any, where nothing brings its values.
     """
 
     meta: torch.Tensor
     origin: str
+    travels: bool
 
     @staticmethod
-    def __new__(cls, meta: torch.Tensor, device: torch.device, origin: str) -> Ghost:
+    def __new__(cls, meta: torch.Tensor, device: torch.device, origin: str, travels: bool = True) -> Ghost:
         ghost = torch.Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device, requires_grad=False
         )
-        ghost.meta, ghost.origin = meta, origin
+        ghost.meta, ghost.origin, ghost.travels = meta, origin, travels
         return ghost
 
     def __deepcopy__(self, memo: Any) -> Ghost:
@@ -58,7 +60,7 @@ class Ghost(torch.Tensor):
         first = ghosts[0]
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, Ghost):
-                raise NeedsValues(first.origin, f"{func} writes into a tensor that does not")
+                raise NeedsValues(first, f"{func} writes into a tensor that does not")
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else first.device
         inner = tree_map_only(torch.Tensor, _meta, (args, kwargs))
         if "device" in inner[1]:
@@ -68,20 +70,24 @@ class Ghost(torch.Tensor):
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error).lower():
                 raise
-            raise NeedsValues(first.origin, f"{func} depends on values") from error
+            raise NeedsValues(first, f"{func} depends on values") from error
         if func._schema.is_mutable and len(func._schema.returns) == 1 and isinstance(result, torch.Tensor):
             return args[0]  # in place: the ghost that was written to
-        return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, device, first.origin), result)
+        return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, device, first.origin, first.travels), result)
 
 
 class NeedsValues(UserError):
     """Something asked for the values of a ghost."""
 
-    def __init__(self, origin: str, what: str):
-        self.origin = origin
+    def __init__(self, ghost: Ghost, what: str):
+        self.origin = ghost.origin
         super().__init__(
-            f"parallel.pp: outside the blocks the model depends on {origin!r} in a way that no stage can follow without its values: {what}; "
+            f"parallel.pp: outside the blocks the model depends on {ghost.origin!r} in a way that no stage can follow without its values: {what}; "
             "move this into a block, or train with parallel.pp=1"
+            if ghost.travels
+            else f"parallel.pp: {ghost.origin!r} is held by another stage, and what is computed with it here has no values ({what}): outside of the engine's steps "
+            "only a call of the whole model, engine.model(inputs) under torch.no_grad() on every rank, runs over all stages, and not its other methods and modules; "
+            "call that, load engine.full_state_dict() into a model of one process, or write parallel.pp=1"
         )
 
 

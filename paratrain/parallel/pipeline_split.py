@@ -102,11 +102,12 @@ class Stages:
     def whole_lists(self) -> Iterator[None]:
         """Let `parameters()` of every module name the weights of other stages too, as ghosts: what sums over all needs all."""
         for module, key, empty in self.dropped:
-            module._parameters[key] = empty  # type: ignore[assignment]
+            module._parameters[key], empty.travels = empty, True  # type: ignore[assignment]
         try:
             yield
         finally:
-            for module, key, _ in self.dropped:
+            for module, key, empty in self.dropped:
+                empty.travels = False
                 del module._parameters[key]
 
     def refresh(self) -> None:
@@ -479,6 +480,7 @@ def drop(model: nn.Module, names: set[str], device: torch.device) -> list[tuple[
             assert param is not None
             _refuse_alias(path, module, key, param)
             empty = module.__dict__[key] = ghost(param, device, f"{path}.{key}" if path else key)
+            empty.travels = False
             dropped.append((module, key, empty))
         if mine and not any(param is not None for param in module._parameters.values()):
             for key in [key for key, buffer in module._buffers.items() if buffer is not None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -105,7 +105,7 @@ class _Recomputed(nn.Module):
                 return run(*args)
         if any(map(can_change, (*args, *kwargs.values()))):
             run, args = _with_own_containers(super().forward, args, kwargs), ()
-        contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)
+        contexts = _selective_contexts if self._selective else partial(noop_context_fn)
         if self._updates_buffers:
             contexts = partial(_with_scratch_buffers, self, contexts)
         if self._follows and (state := self.__dict__.setdefault("_block_state", BlockState(self))).looks():
@@ -113,6 +113,21 @@ class _Recomputed(nn.Module):
         elif not (self._selective or self._updates_buffers):
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    left = [again]
+
+    def once() -> Any:  # what torch has kept of the first forward is used up
+        if not left:
+            raise UserError(
+                "memory.recompute=selective: the model's forward, or its loss, differentiates through blocks and is differentiated again, which needs their "
+                "activations twice; write memory.recompute=full or none"
+            )
+        return left.pop()
+
+    return forward, _Again(once)
 
 
 def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[[], Any]:
@@ -129,7 +144,23 @@ def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[
 
 def _with_scratch_buffers(block: nn.Module, contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     forward, again = contexts()
-    return forward, scratch_buffers(block, again)
+    return forward, _Again(partial(scratch_buffers, block, again))
+
+
+class _Again:
+    """The context of a second forward, which runs a third time where the model's own forward differentiates and its backward comes later."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager]):
+        self._make = make
+        self._entered: list[AbstractContextManager] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 class BlockState:
@@ -153,7 +184,7 @@ class BlockState:
         """Contexts of the first and of the second forward."""
         forward, again = inner()
         kept: dict[str, tuple[reach.Slot, reach.Frozen]] = {}
-        return self._first(forward, kept), self._second(again, kept)
+        return self._first(forward, kept), _Again(partial(self._second, again, kept))
 
     def _slots(self) -> list[reach.Slot]:
         return [slot for slot in reach.slots([("", self._block)]) if slot.kind != "parameter"]  # sharding exchanges those

@@ -110,6 +110,11 @@ class Views:
         if self._depth == 0 and self._params:
             self._show()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the engine runs, and not the program."""
+        return self._depth > 0
+
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The program's own functions run: parameters are whole to them, in the midst of the engine's work, too."""
