@@ -100,7 +100,7 @@ class Engine:
         self.model: nn.Module = layout.model
         # one rank alone would wait for ever in a forward, or for the whole weights
         self.needs_all = agreement.needs_all(layout.model) or mesh.root["pp"].size() == dist.get_world_size() > 1
-        self.agreement = agreement.know(layout.model, self.needs_all)
+        self.agreement = agreement.know(layout.model)
         self.optimizers = optimizers
         self.global_step = 0
         self.updates = 0

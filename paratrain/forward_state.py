@@ -52,6 +52,7 @@ class _Step:
     before: dict[str, tuple[Slot, Frozen]]
     after: dict[Unit, dict[str, tuple[Slot, Frozen]]] = field(default_factory=dict)
     weights: dict[Unit, int] = field(default_factory=dict)  # real samples
+    generators: dict[str, tuple[Slot, Frozen]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class ForwardState:
         self._followed: list[Slot] = []
         self._partial: dict[str, int] = {}  # states that some stages move and others do not -> a stage that does
         self._rows: dict[str, tuple[Any, dict[Unit, Frozen]]] = {}
+        self._given: set[str] = set()  # states that had their form before the first forward, which no number of samples gave them
+        self._draws: dict[str, tuple[Slot, Frozen]] = {}  # generators that draw once a step
         self._steps = 0
         self._size: int | None = None
         self._odd: set[bool] = set()  # kinds of batches seen that not every rank has as many samples of: some have none, or all have some
@@ -100,7 +103,8 @@ class ForwardState:
             self._odd.add(few)
             probing = True
         self._steps += 1
-        if not probing and not self._followed:
+        self._draws = {path: (slot, Frozen(slot.get())) for path, (slot, _) in self._draws.items()}
+        if not probing and not self._followed and not self._draws:
             return
         if before not in (None, size) and (rows := [path for path, kind in self._kinds.items() if kind == "rows"]):
             raise UserError(
@@ -112,6 +116,9 @@ class ForwardState:
             self._written.begin()
         found = self._slots() if probing else self._followed
         self._step = _Step(probing, units, reach.frozen(found, self._copies(found)))
+        if probing and (units > 1 or self._pp > 1):
+            self._step.generators = {slot.path: (slot, Frozen(slot.get())) for slot in found if isinstance(slot.get(), reach.GENERATORS)}
+            self._draws |= {path: pair for path, pair in self._step.generators.items() if self._asked(path) == "step"}
         for path, (left, _) in list(self._rows.items()):
             if path in self._step.before and self._step.before[path][0].get() is not left:  # reset by the user
                 del self._rows[path]
@@ -127,6 +134,8 @@ class ForwardState:
             return
         if step.after or self._fresh:
             self._restore(step, loss)
+            for _, frozen in self._draws.values():
+                frozen.thaw(generators=True)
         for path, (_, rows) in self._rows.items():
             if unit in rows and path in step.before:
                 step.before[path][0].put(rows[unit].thaw(fresh=self._fresh))
@@ -168,6 +177,7 @@ class ForwardState:
         step, self._step = self._step, None
         if step is None:
             return
+        self._judge_generators(step)
         paths = {path for moved in step.after.values() for path in moved}
         tried = False
         if step.probing:
@@ -250,6 +260,21 @@ class ForwardState:
         written_weights.refuse([each for _, _, each in told])
         return [(stage, facts) for stage, facts, _ in told] if any(facts for _, facts, _ in told) else []
 
+    def _judge_generators(self, step: _Step) -> None:
+        """Refuse generators of the model's own, of which every micro-batch draws on, unless the configuration says what they do."""
+        for path, (_, was) in step.generators.items():
+            if self._asked(path) is None and was.drawn():
+                raise UserError(
+                    f"model: forward draws from a generator of its own, {path}, once a micro-batch, so that under {self._layout()} each draws other numbers than one "
+                    f"process does; draw without generator=..., from torch's, which the engine seeds for each step, or write trainer.forward_state={{{path}: step}} where "
+                    f"it is drawn from once a batch (every micro-batch draws the same), or {{{path}: local}} where it is once a sample, and differs as dropout does"
+                )
+
+    def _asked(self, path: str) -> str | None:
+        """What the configuration says about a state."""
+        pattern = reach.matches(path, self._rules)
+        return self._rules[pattern] if pattern is not None else None
+
     def _fact(self, step: _Step, path: str) -> _Fact:
         slot, had = step.before.get(path, (None, Frozen(ABSENT)))
         digests, rows = [], True
@@ -257,12 +282,21 @@ class ForwardState:
             if path in moved:
                 slot, now = moved[path]
                 value = now.value()
+                if self._steps == 1 and _has_form(slot, had.value(), value):
+                    self._given.add(path)
                 digests.append(reach.digest(value))
                 rows = rows and _is_rows(value, had.value(), {step.weights[unit] or 1, step.weights[unit]})
             elif self._pp == 1 or path in self._kinds:
                 digests.append(reach.digest(had.value()) if self._pp == 1 else "")
         assert slot is not None
-        return _Fact(tuple(digest for digest in digests if digest), rows, slot.kind, slot.lasting, had.complete, path in step.before)
+        return _Fact(
+            tuple(digest for digest in digests if digest),
+            rows and path not in self._given,
+            slot.kind,
+            slot.lasting,
+            had.complete,
+            path in step.before,
+        )
 
     def _decide(self, facts: list[tuple[int, dict[str, _Fact]]]) -> list[str]:
         """Settle the kinds of what moved; returns what needs to be tried."""
@@ -508,6 +542,14 @@ def _is_rows(value: Any, had: Any, samples: set[int]) -> bool:
         return False
     sized = not any(samples.isdisjoint(tensor.shape) for tensor in found)
     return sized and (len(before) != len(found) or not any(samples.isdisjoint(tensor.shape) for tensor in before))
+
+
+def _has_form(slot: Slot, had: Any, value: Any) -> bool:
+    """Whether a state had the shapes that forward left it with before any forward, and is no memory that was emptied."""
+    before, now = list(reach.tensors(had)), list(reach.tensors(value))
+    if not before or [tensor.shape for tensor in before] != [tensor.shape for tensor in now]:
+        return False
+    return slot.kind in ("buffer", "parameter") or any(bool(tensor.any()) for tensor in before)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -33,6 +33,9 @@ _FOREIGN = (*_ENGINES, "logging", "threading", "weakref", "multiprocessing", "co
 _LONGEST = 1024  # entries of a container that is looked into
 _DEEPEST = 8
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, torch.Size, Enum)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator)
+"""What draws random numbers, and keeps where it is."""
+
 _SAMPLE = 4 << 20  # bytes of a large tensor that are hashed at each of its ends
 
 
@@ -309,6 +312,11 @@ class Frozen:
         """Whether `value` is still what was frozen."""
         return _same(self._tree, value)
 
+    def drawn(self) -> bool:
+        """Whether a generator that was frozen has drawn since."""
+        kind, old, content = self._tree
+        return kind == "generator" and not _same_state(old, content)
+
     @property
     def complete(self) -> bool:
         """Whether every tensor was copied, so that `thaw` gives back what was there."""
@@ -360,6 +368,12 @@ def _same(tree: tuple[str, Any, Any], value: Any) -> bool:
         entries = value if kind == "dict" else vars(value)
         return content.keys() == entries.keys() and all(_same(part, entries[key]) for key, part in content.items())
     return old is value or not isinstance(value, torch.Tensor)  # what is not looked into is taken to be what it was
+
+
+def _same_state(generator: Any, state: Any) -> bool:
+    if isinstance(generator, torch.Generator):
+        return torch.equal(generator.get_state(), state)
+    return (generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state) == state
 
 
 def _complete(tree: tuple[str, Any, Any]) -> bool:

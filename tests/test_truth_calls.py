@@ -280,3 +280,76 @@ class Temperature(Net):
 
 def test_a_weight_among_the_outputs_is_on_the_last_stage():
     assert_exact(Temperature, rows(), lambda out, target: square(out[0] * out[1].exp(), target), "pp")
+
+
+# ---------------------------------------------------------------- weights lent for one forward, draws, queues
+
+
+class Scaled(Net):
+    """Runs its blocks with functions of their weights."""
+
+    def forward(self, x):
+        h = self.inner(x)
+        for block in self.blocks:
+            h = torch.func.functional_call(block, {name: param * 0.9 for name, param in block.named_parameters()}, (h,))
+        return self.out(h)
+
+
+def test_blocks_are_recomputed_with_the_weights_they_were_lent():
+    assert_exact(Scaled, rows(), square, "rc")
+
+
+class Depth(Net):
+    """Leaves out blocks by a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.g = torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        h = self.inner(x)
+        for block in self.blocks:
+            if not self.training or float(torch.rand((), generator=self.g)) > 0.4:
+                h = block(h)
+        return self.out(h)
+
+
+def test_own_generators_draw_once_a_micro_batch():
+    assert_exact(Depth, rows(), square, "ddp", "rc")
+    assert_refused(Depth, rows(), square, "z1m", says="forward draws from a generator of its own, g, once a micro-batch")
+    assert_exact(Depth, rows(), square, "z1m", more=("trainer.forward_state={g: step}",))
+
+
+class Queue(Net):
+    """Remembers features of samples; by chance they have as many numbers as a rank has samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(8, 4)
+        self.register_buffer("queue", torch.randn(16, 4))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x):
+        q = self.out(self.encode(x))
+        scores = q @ self.queue.clone().T
+        if self.training:
+            with torch.no_grad():
+                start = int(self.at)
+                self.queue[start : start + len(q)] = q.detach()[: 16 - start]
+                self.at[0] = (start + len(q)) % 16
+        return scores
+
+
+def test_a_queue_is_not_taken_for_something_of_each_sample():
+    data = [(x, y.expand(-1, 16)) for x, y in rows((8, 8))]
+    assert_refused(Queue, data, square, "fsdp", says="forward moves queue by the samples that it sees")
+
+
+def test_every_rank_evaluates_between_the_steps_of_a_pipeline():
+    def before(model, step):
+        model.eval()
+        with torch.no_grad():
+            model(rows()[0][0][: 2 + step])
+        model.train()
+
+    assert_exact(Net, rows(), square, "pp", before=before)

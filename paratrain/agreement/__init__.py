@@ -485,17 +485,13 @@ def close() -> None:
             made.channel.close()
 
 
-def know(model: torch.nn.Module, together: bool) -> Agreement:
-    """The agreement of the engine of a model.
-
-    Args:
-        together: a forward needs every rank, so that calls of it from outside of the engine are noted.
-    """
+def know(model: torch.nn.Module) -> Agreement:
+    """The agreement of the engine of a model; it notes calls of its forward from outside of the engine where that needs every rank."""
     assert _MADE, "setup makes it"
     agreement = _MADE[0][1]
     agreement.models.append(weakref.ref(model))
-    if agreement.peers and together:
-        model.register_forward_pre_hook(_note_forward, prepend=True)  # before the weights are gathered
+    if agreement.peers and needs_all(model):
+        model.register_forward_pre_hook(note_forward, prepend=True)  # before the weights are gathered
     return agreement
 
 
@@ -512,7 +508,8 @@ def _held_by_all(param: torch.Tensor) -> bool:
     return math.prod(parts) == dist.get_world_size()
 
 
-def _note_forward(module: torch.nn.Module, args: Any) -> None:
+def note_forward(module: torch.nn.Module, args: Any = ()) -> None:
+    """The program calls the forward of an engine's model, which every rank must do."""
     if _MADE:
         agreement = _MADE[0][1]
         if agreement.between_calls and any(module is model for model in agreement.modules()):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from paratrain import distributed, gradients
+from paratrain import agreement, distributed, gradients
 from paratrain.compat import finish_backward
 from paratrain.config import Config
 from paratrain.errors import UserError
@@ -295,6 +295,8 @@ class Pipeline:
             raise UserError(
                 "parallel.pp: calling the model runs one stage here, so its outputs have no backward; write engine.train_step(batch), or call it under torch.no_grad()"
             )
+        if self.group.size() == dist.get_world_size():
+            agreement.note_forward(self.model)
         results: list[Any] = []
         self.evaluate(
             [((args, kwargs), lambda module, inputs: module(*inputs[0], **inputs[1]))],

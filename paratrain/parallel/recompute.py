@@ -105,6 +105,8 @@ class _Recomputed(nn.Module):
                 return run(*args)
         if any(map(can_change, (*args, *kwargs.values()))):
             run, args = _with_own_containers(super().forward, args, kwargs), ()
+        if self._follows:
+            run = _with_same_weights(self, run)
         contexts = _selective_contexts if self._selective else partial(noop_context_fn)
         if self._updates_buffers:
             contexts = partial(_with_scratch_buffers, self, contexts)
@@ -128,6 +130,23 @@ def _selective_contexts() -> tuple[Any, Any]:
         return left.pop()
 
     return forward, _Again(once)
+
+
+def _with_same_weights(block: nn.Module, run: Callable) -> Callable:
+    """A forward that runs again with the weights it had: `torch.func.functional_call` lends a block others for the time of one forward."""
+    had = [(module._parameters, name, param) for module in block.modules() for name, param in module._parameters.items()]
+
+    def forward(*args: Any) -> Any:
+        own = [(store, name, store[name], param) for store, name, param in had if store.get(name) is not param and name in store]
+        for store, name, _, lent in own:
+            store[name] = lent
+        try:
+            return run(*args)
+        finally:
+            for store, name, param, _ in own:
+                store[name] = param
+
+    return forward
 
 
 def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[[], Any]:
