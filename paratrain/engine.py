@@ -62,7 +62,11 @@ def _at_work(method: _Method) -> _Method:
     @wraps(method)
     def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
         with self._views:
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except RuntimeError as error:
+                own_loop.explain_derivatives(self, error)
+                raise
 
     return cast(_Method, run)
 

@@ -77,6 +77,19 @@ def bring_to_scale(engine: Engine) -> None:
     engine._true = totals, factor
 
 
+def explain_derivatives(engine: Engine, error: RuntimeError) -> None:
+    """Raise `UserError` for torch's complaint that a program differentiates by a tensor for which the layout has put another."""
+    if "appears to not have been used in the graph" not in str(error) or dist.get_world_size() == 1:
+        return
+    axes = [axis for axis in ("pp", "cp", "tp") if getattr(engine.cfg.parallel, axis) > 1]
+    what = f"parallel.{axes[0]}={getattr(engine.cfg.parallel, axes[0])}" if axes else f"strategy={engine.cfg.strategy.name}"
+    advice = f"parallel.{axes[0]}=1" if axes else "strategy=zero1"
+    raise UserError(
+        f"{what}: forward, or the loss, differentiates (torch.autograd.grad) by a tensor in whose place this layout has another, as it has copies of a model's "
+        f"outputs for the loss; take the derivative inside of forward, by a tensor that forward made, and return it; or write {advice}"
+    ) from error
+
+
 def watch_optimizers(engine: Engine, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Refuse a step of theirs that is not the engine's, and let groups be added without names, in place."""
     if engine._foreign:

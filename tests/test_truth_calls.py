@@ -353,3 +353,27 @@ def test_every_rank_evaluates_between_the_steps_of_a_pipeline():
         model.train()
 
     assert_exact(Net, rows(), square, "pp", before=before)
+
+
+# ---------------------------------------------------------------- a loss that differentiates
+
+
+class Open(Net):
+    """Hands its input out, by which the loss differentiates."""
+
+    def forward(self, x):
+        x = x.detach().requires_grad_(torch.is_grad_enabled())
+        return super().forward(x), x
+
+
+def penalty(out, target):
+    total = ((out[0] - target) ** 2).sum()
+    if torch.is_grad_enabled() and out[1].requires_grad:
+        (slope,) = torch.autograd.grad(out[0].sum(), out[1], create_graph=True)
+        total = total + (slope.norm(dim=-1) - 1).square().sum()
+    return total, len(target)
+
+
+def test_a_loss_that_differentiates_by_an_output():
+    assert_exact(Open, rows(), penalty, "z1")
+    assert_refused(Open, rows(), penalty, "ddp", says="take the derivative inside of forward")
