@@ -81,6 +81,7 @@ def local(batch: tuple[Any, Any], rank: int, ranks: int) -> LocalBatch:
     size = samples((inputs, targets))
     if ranks == 1:
         return LocalBatch(inputs, targets, size, size, size)
+    deal.refuse_offsets(inputs, size)
     start, stop = span(size, rank, ranks)
     real = stop - start
     cut = deal.Cut(*((start, stop) if real else (0, 1)), size)
@@ -110,6 +111,8 @@ def split(batch: LocalBatch, micro_batch_size: int | None) -> list[tuple[Any, An
     size = micro_batch_size or batch.largest
     if batch.largest <= size and batch.real:
         return [(batch.inputs, batch.targets, batch.real)]
+    if batch.real == batch.size:
+        deal.refuse_offsets(batch.inputs, batch.size)
     return [_part(batch, start, min(start + size, batch.real)) for start in range(0, batch.largest, size)]
 
 

@@ -162,6 +162,23 @@ def size(batch: tuple[Any, Any]) -> int:
     return found
 
 
+def refuse_offsets(inputs: Any, size: int) -> None:
+    """Refuse inputs that are sequences packed one after another, of as many rows as there are offsets by chance, before they are cut.
+
+    Raises:
+        UserError: a 1-D tensor of integers begins with 0, never falls, and ends with the number of its own elements, as offsets do.
+    """
+    for leaf in leaves(inputs):
+        if not isinstance(leaf, torch.Tensor) or leaf is inputs or leaf.dim() != 1 or leaf.dtype not in (torch.int32, torch.int64):
+            continue
+        if leaf.is_cpu and len(leaf) == size > 1 and int(leaf[-1]) == size and int(leaf[0]) == 0 and bool((leaf[1:] >= leaf[:-1]).all()):
+            raise UserError(
+                f"the batch holds {size} integers that begin with 0, never fall and end with {size}, its number of rows: offsets (cu_seqlens) of sequences "
+                "that are packed one after another, whose rows are no samples that could be dealt to ranks or micro-batches; let the batch hold one padded row a "
+                "sample, or a jagged tensor (torch.nested.nested_tensor(rows, layout=torch.jagged)), whose values() and offsets() forward uses"
+            )
+
+
 def _sizes(node: Any, outermost: bool, sure: list[int], listed: list[int], lengths: list[int]) -> None:
     """Collect what may count samples; `outermost` lists and tuples are arguments of the model."""
     if isinstance(node, torch.Tensor):

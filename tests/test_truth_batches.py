@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 
@@ -322,6 +323,31 @@ def test_offsets_of_bags_under_every_layout():
     data = [((tokens, STARTS), y) for (tokens,), (_, y) in zip(draws((8,)), rows(), strict=True)]
     assert_refused(Bag, data, square, "ddpm", "z1m", "fsdp", "hsdp", says="let the batch hold one row of tokens a sample")
     assert_exact(Bag, data, square, "tp", more=["parallel.tp_plan={}"])
+
+
+class Packed(nn.Module):
+    """Sequences one after another, and where each begins and ends: what each row is centred by."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 1)
+
+    def forward(self, x, cu_seqlens):
+        parts = [x[a:b] - x[a:b].mean(0) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+        return self.out(torch.cat(parts))
+
+
+def test_packed_sequences_are_no_samples():
+    data = [((x, torch.tensor([0, 2, 2, 3, 5, 5, 6, 8])), y) for x, y in rows(8)]
+    assert_refused(Packed, data, square, "ddpm", says="offsets (cu_seqlens) of sequences")
+    assert_exact(Packed, data, square, "single")
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [0, 0, 1, 1], [4, 3, 2, 4], [0, 3, 2, 4], [1, 2, 3, 4]])
+def test_integers_that_are_no_offsets_are_dealt(numbers):
+    (x, numbers_), _ = batches.local(((torch.zeros(4, 2), torch.tensor(numbers)), torch.zeros(4)), 1, 2)[:2]
+    assert len(x) == 2
+    assert numbers_.tolist() == numbers[2:]
 
 
 def test_bags_that_are_samples():
