@@ -271,7 +271,7 @@ class Engine:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
         self._changes.follow_once()
         batch_norm.weigh(self._norms)
-        if self._in_loop is None:
+        if self._in_loop is None and (torch.is_grad_enabled() or self.model.training):  # an evaluation is no part of a step
             self._moved.begin(1)
             self._in_loop = next((len(leaf) for leaf in batches.tensors((args, kwargs)) if leaf.ndim), 1)
         if deal.shares((args, kwargs)):
