@@ -64,6 +64,13 @@ def test_a_hang_is_noticed_told_and_restarted(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_inside_a_save_is_the_one_that_is_named(tmp_path, undisturbed):
+    text = train(tmp_path, *fault("save-stop", 6, on=1), "trainer.step_timeout=15s", seconds=200)
+    same(tmp_path, undisturbed())
+    assert re.search(r"rank 1 \(process \d+ on \S+\) is stopped \(SIGSTOP, or a debugger\)", text)
+
+
+@pytest.mark.slow
 def test_a_restart_loop_gives_up(tmp_path):
     text = train(tmp_path, *fault("raise", 4, times=100), "trainer.max_stuck_restarts=2", restarts=4, code=None)
     assert "started 3 times in a row from step 3" in text
