@@ -107,7 +107,9 @@ class _Recomputed(nn.Module):
             run, args = _with_own_containers(super().forward, args, kwargs), ()
         if self._follows:
             run = _with_same_weights(self, run)
-        contexts = _selective_contexts if self._selective else partial(noop_context_fn)
+        contexts = partial(create_selective_checkpoint_contexts, _policy) if self._selective else partial(noop_context_fn)
+        if self._selective and self._follows:
+            contexts = partial(_selective_contexts)
         if self._updates_buffers:
             contexts = partial(_with_scratch_buffers, self, contexts)
         if self._follows and (state := self.__dict__.setdefault("_block_state", BlockState(self))).looks():
