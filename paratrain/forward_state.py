@@ -473,7 +473,7 @@ class ForwardState:
                 )
             wide = _tensor(leaf, self._device).to(torch.float64)
             if kind == "sum":
-                change = sum((_wide(part[index], wide) - wide for real, part in parts if real), torch.zeros_like(wide))
+                change = sum((_wide(part[index], wide) - wide for _, part in parts), torch.zeros_like(wide))
                 result = wide + self._summed(change)
             else:
                 total = self._summed(sum((_wide(part[index], wide) * real for real, part in parts), torch.zeros_like(wide)))

@@ -69,29 +69,40 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__.partition("+")[0],
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if isinstance(file, str) and file.endswith(".py") and not _is_installed(file):
-            try:
-                found[f"{os.path.basename(file)} ({name})" if name == "__main__" else name] = _digest([Path(file).read_bytes()])
-            except OSError:  # it came from an archive, or is gone
-                continue
+    for name, file in user_files().items():
+        try:
+            found[f"{os.path.basename(file)} ({name})" if name == "__main__" else name] = _digest([Path(file).read_bytes()])
+        except OSError:  # it came from an archive, or is gone
+            continue
     return found
 
 
+def own_files() -> list[Path]:
+    """paratrain's own source files."""
+    return sorted(_PACKAGE.rglob("*.py"))
+
+
+def user_files() -> dict[str, str]:
+    """Name -> source file of every loaded module that is not paratrain's own and comes neither with Python nor from a package that is installed."""
+    files = {name: getattr(module, "__dict__", {}).get("__file__") for name, module in list(sys.modules.items())}
+    return {
+        name: file
+        for name, file in files.items()
+        if isinstance(file, str) and file.endswith(".py") and not _is_installed(os.path.dirname(file))
+    }
+
+
 @functools.cache
-def _is_installed(file: str) -> bool:
-    """Whether a file is paratrain's own, or of a package that is installed and has a version of its own."""
-    path = os.path.realpath(file)
+def _is_installed(directory: str) -> bool:
+    """Whether what is in a directory is paratrain's own, or of a package that is installed and has a version of its own."""
+    path = os.path.realpath(directory) + os.sep
     inside = any(f"{os.sep}{name}{os.sep}" in path for name in ("site-packages", "dist-packages"))
-    return inside or path.startswith((*_INSTALLED, f"{_PACKAGE}{os.sep}")) or not os.path.isfile(path)
+    return inside or path.startswith((*_INSTALLED, f"{_PACKAGE}{os.sep}"))
 
 
 @functools.cache
 def _own_sources() -> str:
-    return _digest(
-        part for path in sorted(_PACKAGE.rglob("*.py")) for part in (str(path.relative_to(_PACKAGE)).encode(), path.read_bytes())
-    )
+    return _digest(part for path in own_files() for part in (str(path.relative_to(_PACKAGE)).encode(), path.read_bytes()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:

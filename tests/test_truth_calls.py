@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,16 +100,18 @@ def test_the_state_of_a_pipelined_model_is_whole_on_every_rank(more):
         torch.testing.assert_close(block["up.weight"], expected.state["blocks.1.up.weight"], rtol=0, atol=1e-10)
 
 
-def _on_one_rank(overrides: tuple[str, ...], call: Any) -> str:
-    engine = pt.setup(Net, square, configured(overrides))
-    try:
-        for batch in rows():
-            engine.train_step(engine.local(batch))
-            if engine.is_main_process:
-                call(engine)
-    except UserError as error:
-        return str(error)
-    return ""
+def refusals(made: Callable, layout: str, program: Callable) -> list[str]:
+    """What each of two ranks is told when `program` is run with its engine; "" where it is told nothing."""
+
+    def body() -> str:
+        engine = pt.setup(made, square, configured(LAYOUTS[layout]))
+        try:
+            program(engine)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return run(body, 2)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,13 @@ def _on_one_rank(overrides: tuple[str, ...], call: Any) -> str:
     ],
 )
 def test_what_all_stages_must_do_is_refused_on_one_rank(call, says):
-    for text in run(_on_one_rank, 2, LAYOUTS["pp"], call):
+    def program(engine):
+        for batch in rows():
+            engine.train_step(engine.local(batch))
+            if engine.is_main_process:
+                call(engine)
+
+    for text in refusals(Net, "pp", program):
         assert says in text
         assert "where rank 1 called engine.train_step()" in text
 
@@ -131,17 +140,12 @@ def _predict(engine):
 
 
 def test_a_method_beside_forward_has_the_weights_of_its_stages_alone():
-    def body() -> str:
-        engine = pt.setup(Net, square, configured(LAYOUTS["pp"]))
+    def program(engine):
         engine.train_step(engine.local(rows()[0]))
-        try:
-            with torch.no_grad():
-                float(engine.model.encode(rows()[0][0]).sum())
-        except UserError as error:
-            return str(error)
-        return ""
+        with torch.no_grad():
+            float(engine.model.encode(rows()[0][0]).sum())
 
-    for text in run(body, 2):
+    for text in refusals(Net, "pp", program):
         assert "is held by another stage" in text
         assert "engine.full_state_dict()" in text
 
@@ -173,16 +177,11 @@ def test_a_program_calls_a_model_whose_sequences_are_shared():
 
 
 def test_own_loops_do_not_share_sequences_in_silence():
-    def body() -> str:
-        engine = pt.setup(Sequences, square, configured(LAYOUTS["cp"]))
+    def program(engine):
         part = engine.local(sequences()[0])
-        try:
-            engine.backward(square(engine(part.inputs), part.targets))
-        except UserError as error:
-            return str(error)
-        return ""
+        engine.backward(square(engine(part.inputs), part.targets))
 
-    for text in run(body, 2):
+    for text in refusals(Sequences, "cp", program):
         assert "parallel.cp=2" in text
         assert "write engine.train_step(batch)" in text
 
@@ -208,17 +207,12 @@ def test_outputs_without_a_sequence_are_refused_by_every_rank():
 def test_ranks_of_one_sample_bring_the_same_batch(layout, sizes):
     made, data = (Sequences, sequences()) if layout == "cp" else (Net, rows((8, 8)))
 
-    def body() -> str:
-        engine = pt.setup(made, square, configured(LAYOUTS[layout]))
+    def program(engine):
         first = sum(sizes[: torch.distributed.get_rank()])
-        try:
-            for x, y in data:
-                engine.train_step((x[first : first + sizes[0]], y[first : first + sizes[0]]))
-        except UserError as error:
-            return str(error)
-        return ""
+        for x, y in data:
+            engine.train_step((x[first : first + sizes[0]], y[first : first + sizes[0]]))
 
-    for text in run(body, 2):
+    for text in refusals(made, layout, program):
         assert "ranks 0 and 1 were given different batches" in text
         assert "engine.local(batch)" in text
 

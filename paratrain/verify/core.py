@@ -330,14 +330,11 @@ def _notes(result: Comparison, traces: list[Trace], split: list[str], job: Job) 
     notes = []
     if result.skipped:
         names = list(dict.fromkeys(result.skipped))
-        notes.append(
-            f"{len(names)} outputs are not compared, because their dim 0 does not count samples: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        )
+        notes.append(f"{len(names)} outputs are not compared, because their dim 0 does not count samples: {_listed(names)}")
     if result.passing:
         names = list(dict.fromkeys(result.passing))
         notes.append(
-            f"{len(names)} attributes or buffers are not compared, because they say only what the last forward was given: "
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            f"{len(names)} attributes or buffers are not compared, because they say only what the last forward was given: {_listed(names)}"
         )
     if result.accepted:
         notes.append(f"trainer.forward_state leaves {_listed(result.accepted)} to each rank: not compared")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from paratrain.config import DDP, Checkpoint, Config, DeepSpeed, Logger, Memory, Parallel, Pipeline, Sharded, Trainer, Verify
+from paratrain.faults.growth import bytes_left
 from paratrain.mesh import DATA
 from paratrain.verify.run import accepted, exact
 
@@ -224,16 +224,9 @@ def elements_of(model: nn.Module) -> int:
 
 
 def available_memory() -> float:
-    """Bytes that this host, or the container it runs in, could give."""
-    found = [8.0 * 2**30]
-    try:
-        with open("/proc/meminfo") as file:
-            found = [1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))]
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        found += [float(limit) - float(used)] if limit != "max" else []
-    except (OSError, StopIteration, ValueError):
-        pass
-    return max(min(found), 0.0)
+    """Bytes that this host, or the container it runs in, could give; 8 GiB where the system does not tell."""
+    left = bytes_left()
+    return 8.0 * 2**30 if left is None else float(left)
 
 
 def build_on_meta(model_fn: Callable[[], nn.Module]) -> nn.Module:

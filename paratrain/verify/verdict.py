@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from paratrain import notes
+from paratrain.same_code import own_files, user_files
 from paratrain.verify.report import Report
 
 STEPS = 4
@@ -93,24 +93,12 @@ def fingerprint(*parts: bytes | str, packages: Iterable[str] = ()) -> str:
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.encode())
         digest.update(b"\0")
-    for file in _sources():
-        digest.update(file.read_bytes())
+    for file in sorted({*own_files(), *map(Path, user_files().values())}):
+        if file.is_file():
+            digest.update(file.read_bytes())
     versions = [f"{name} {getattr(sys.modules.get(name), '__version__', '')}" for name in sorted(set(packages))]
     digest.update("\n".join([torch.__version__, platform.python_version(), *versions]).encode())
     return digest.hexdigest()
-
-
-def _sources() -> list[Path]:
-    import paratrain
-
-    own = Path(paratrain.__file__).parent
-    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
-    files = {str(path) for path in own.rglob("*.py")}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and file.endswith(".py") and not file.startswith(installed) and "-packages" not in file:
-            files.add(file)
-    return [path for path in map(Path, sorted(files)) if path.is_file()]
 
 
 def kept(name: str) -> Verdict | None:
