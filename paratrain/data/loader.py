@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -70,6 +70,9 @@ def loader(
     others = set(multiprocessing.active_children())
     iterator = iter(batches)
     processes = set(multiprocessing.active_children()) - others
+    for process in processes:  # which each does for itself as well; a signal may come before it has
+        with suppress(OSError):  # it has ended, or runs another program by now
+            os.setpgid(process.pid, process.pid)  # type: ignore[arg-type]
     return _local_batches(iterator, processes, order, start_step, rank, ranks)
 
 

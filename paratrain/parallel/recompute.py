@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from paratrain import reach
@@ -139,7 +140,7 @@ def _with_same_weights(block: nn.Module, run: Callable) -> Callable:
     had = [(module._parameters, name, param) for module in block.modules() for name, param in module._parameters.items()]
 
     def forward(*args: Any) -> Any:
-        own = [(store, name, store[name], param) for store, name, param in had if store.get(name) is not param and name in store]
+        own = [(store, name, store[name], param) for store, name, param in had if name in store and _lent(param, store[name])]
         for store, name, _, lent in own:
             store[name] = lent
         try:
@@ -149,6 +150,14 @@ def _with_same_weights(block: nn.Module, run: Callable) -> Callable:
                 store[name] = param
 
     return forward
+
+
+def _lent(param: Any, now: Any) -> bool:
+    """Whether a weight that a forward had is another than the module has now, and not the same one that sharding gathers or parts."""
+    sharding = (
+        isinstance(param, nn.Parameter) and isinstance(now, nn.Parameter) and (isinstance(param, DTensor) or isinstance(now, DTensor))
+    )
+    return param is not now and not sharding
 
 
 def _with_own_containers(forward: Callable, args: Any, kwargs: Any) -> Callable[[], Any]:
