@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from paratrain.errors import PeerError, UserError
 
 _HANDSHAKE = "paratrain"
 _PR_SET_PDEATHSIG = 1
+_SLEEPY = 2.0  # seconds that threads have to fall asleep at the end; a user's own may never
 _SHOWN = 10.0  # seconds that a network file system may take to show a new file
 T = TypeVar("T")
 
@@ -202,9 +204,34 @@ def init(device: torch.device, timeout: timedelta) -> None:
 
 
 def _leave() -> None:
-    """Give up the process group before the interpreter goes: its threads must not outlive what they use."""
+    """Give up the process group before the interpreter ends, and wait until its threads sleep.
+
+    A thread of gloo lets go of the tensors of a collective only after the main thread has gone on. Letting go of a Python object needs the
+    interpreter, and a C++ thread that asks for one that is ending aborts the process: "terminate called without an active exception".
+    Whoever still holds the group (a trainer in a global variable) keeps its threads, so that destroying it alone does not suffice.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        deadline = time.monotonic() + _SLEEPY
+        while _others_run() and time.monotonic() < deadline:
+            time.sleep(0.001)  # without the interpreter's lock, which they need
+
+
+def _others_run() -> bool:
+    """Whether a thread of this process other than the calling one computes or wants to; False where the system does not tell."""
+    try:
+        threads = {int(name) for name in os.listdir("/proc/self/task")} - {threading.get_native_id()}
+    except OSError:
+        return False
+    return any(_state(thread) == "R" for thread in threads)
+
+
+def _state(thread: int) -> str:
+    try:
+        with open(f"/proc/self/task/{thread}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:  # it has ended
+        return ""
 
 
 def die_with_launcher() -> None:
