@@ -546,8 +546,8 @@ def is_compiled(module: Any) -> bool:
     return (dynamo is not None and isinstance(module, dynamo.OptimizedModule)) or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def store_port() -> int | None:
-    """The port of the store behind the default process group; None for a store without one."""
+def whole_store() -> Any:
+    """The store behind the default process group, without the prefixes of it; None without a process group."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
@@ -556,7 +556,12 @@ def store_port() -> int | None:
         return None
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    return getattr(store, "port", None)
+    return store
+
+
+def store_port() -> int | None:
+    """The port of the store behind the default process group; None for a store without one."""
+    return getattr(whole_store(), "port", None)
 
 
 def abort_nccl() -> None:

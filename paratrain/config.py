@@ -601,7 +601,9 @@ class Config:
     """Everything a job is told. Build it with `load_config`, or `from_dict` for a dictionary of your own."""
 
     seed: int = key(0, "decides initial weights, data order and dropout", minimum=0)
-    resume: str = key("auto", "auto: from the newest checkpoint in the output directory, if any; none; or a checkpoint's path")
+    resume: str = key(
+        "auto", "auto: from the newest checkpoint in the output directory, if any; none: from no earlier job's; or a checkpoint's path"
+    )
     resume_force: list[str] = key(
         [], "globs of keys that may differ from the checkpoint's configuration: [optimizer.lr], [scheduler.*]; [*] for all"
     )

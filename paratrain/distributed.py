@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from paratrain import compat
 from paratrain.errors import PeerError, UserError
 
 _HANDSHAKE = "paratrain"
@@ -170,6 +171,17 @@ def _report(store: dist.Store, me: int) -> str:
     session = store.get(f"{_HANDSHAKE}/welcome/{nonce}").decode()
     store.set(f"{_HANDSHAKE}/{session}/here/{me}", "")
     return session
+
+
+def launch_id() -> str | None:
+    """What all attempts of one launch have in common and no other launch has: torchrun's store outlives its workers. Rank 0 asks.
+
+    None where nothing outlives them, so that a restart cannot be told from a start.
+    """
+    store = compat.whole_store()
+    if store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return store.compare_set(f"{_HANDSHAKE}/launch", "", uuid.uuid4().hex).decode()
 
 
 def choose_device(asked: str) -> torch.device:

@@ -10,6 +10,7 @@ from paratrain import checkpoint, drift
 from paratrain.checkpoint import CheckpointError, remote
 from paratrain.config import Config
 from paratrain.errors import UserError
+from paratrain.faults import restarts
 from paratrain.redact import redact
 from paratrain.schema import to_dict
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 def find(cfg: Config, directory: Path) -> Path | None:
     """The checkpoint to go on from: this job's own newest one before the one `resume` names, so that a restarted job goes on.
 
+    With resume=none those are own that an earlier attempt of this very launch wrote: what torchrun restarts goes on.
     Own checkpoints that are not whole are set aside. Call it under the lock of the output directory.
 
     Args:
@@ -29,15 +31,12 @@ def find(cfg: Config, directory: Path) -> Path | None:
     """
     checkpoint.recover(directory)
     own, asked = checkpoint.latest(directory), cfg.resume
-    if asked == "none":
-        if own is not None:
-            raise UserError(
-                f"resume=none, but {directory} holds checkpoints of an earlier run; write resume=auto to go on with it, or another output directory"
-            )
+    if asked == "none" and not restarts.began_here(directory.parent):
+        _begin_anew(directory, own)
         return None
     for _, path, fault in checkpoint.incomplete(directory):
         log.warning("%s is damaged (%s); set aside as %s", path, fault, checkpoint.set_aside(path).name)
-    if own is None and cfg.checkpoint.remote:
+    if own is None and cfg.checkpoint.remote and asked != "none":
         directory.mkdir(parents=True, exist_ok=True)
         own = remote.download(cfg.checkpoint.remote, directory)
     if own is None and (spoilt := checkpoint.damaged(directory)):
@@ -46,7 +45,7 @@ def find(cfg: Config, directory: Path) -> Path | None:
             f"{directory}: {tried} damaged ({', '.join(path.name for path in spoilt[-3:])}), so there is nothing to go on from; restore one of "
             "them from a copy, or write resume=none to train from the beginning"
         )
-    if own is None and asked != "auto":
+    if own is None and asked not in ("auto", "none"):
         named = Path(asked)
         own = named if (named / checkpoint.FILE_NAME).exists() else checkpoint.latest(named) or checkpoint.latest(named / "checkpoints")
         if own is None:
@@ -57,6 +56,20 @@ def find(cfg: Config, directory: Path) -> Path | None:
         for line in drift.check(own, checkpoint.read_meta(own).get("config"), redact(to_dict(cfg)), cfg.resume_force):
             log.info("changed since %s: %s", own.name, line)
     return own
+
+
+def _begin_anew(directory: Path, own: Path | None) -> None:
+    """Leave what an earlier job left in `directory` unread, and out of the way of this job's checkpoints.
+
+    Raises:
+        UserError: it holds a checkpoint to go on from.
+    """
+    if own is not None:
+        raise UserError(
+            f"resume=none, but {directory} holds checkpoints of an earlier run; write resume=auto to go on with it, or another output directory"
+        )
+    for path in [*checkpoint.damaged(directory), *(path for _, path, _ in checkpoint.incomplete(directory))]:
+        log.warning("%s is left by an earlier run; set aside as %s", path, checkpoint.set_aside(path, "abandoned").name)
 
 
 def set_aside_if_damaged(path: Path, directory: Path, error: CheckpointError) -> None:

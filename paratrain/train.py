@@ -32,7 +32,7 @@ def train(cfg: Config) -> float | None:
     metrics = trainer.fit()
     if trainer.interrupted:
         if trainer.engine.is_main_process:
-            log.warning("interrupted after step %d; %s", trainer.engine.global_step, signals.how_to_go_on())
+            log.warning("interrupted after step %d; %s", trainer.engine.global_step, signals.how_to_go_on(cfg.resume))
         sys.exit(INTERRUPTED)
     return metrics.get("eval/loss", metrics.get("train/loss"))
 

@@ -55,7 +55,7 @@ def test_with_every_checkpoint_damaged_a_restart_stops_until_a_person_decides(tm
         assert (tmp_path / "metrics.jsonl").read_bytes() == logged
     trainer(tmp_path, "resume=none").fit()
     assert (tmp_path / "metrics.superseded.jsonl").read_bytes() == logged, "no row of the first attempt is lost"
-    assert len(list((tmp_path / "checkpoints").glob(".damaged-*"))) == 2
+    assert len(list((tmp_path / "checkpoints").glob(".abandoned-damaged-*"))) == 2
 
 
 def test_rows_that_are_logged_again_are_kept_aside(tmp_path):

@@ -7,10 +7,16 @@ import os
 import time
 from pathlib import Path
 
-from paratrain import notes
+from paratrain import distributed, notes
 from paratrain.errors import UserError
 
 FILE_NAME = "attempts.json"
+
+
+def began_here(directory: Path) -> bool:
+    """Whether an earlier attempt of this very launch trained in `directory`, so that torchrun restarted it; on rank 0."""
+    launch = distributed.launch_id()
+    return launch is not None and any(attempt.get("launch") == launch for attempt in _read(directory / FILE_NAME))
 
 
 def note_attempt(directory: Path, step: int, most: int) -> None:
@@ -24,7 +30,7 @@ def note_attempt(directory: Path, step: int, most: int) -> None:
     path = directory / FILE_NAME
     automatic = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     before = _read(path) if automatic else []
-    attempts = [*before, {"step": step, "time": time.time()}]
+    attempts = [*before, {"step": step, "time": time.time(), "launch": distributed.launch_id()}]
     notes.attempt(f"{path} was not written", lambda: notes.replace(path, json.dumps(attempts[-100:])))
     stuck = 0
     for attempt in reversed(attempts):

@@ -42,9 +42,9 @@ def listening(asked: Asked) -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def how_to_go_on() -> str:
-    """What to tell the user of an interrupted job."""
+def how_to_go_on(resume: str) -> str:
+    """What to tell the user of an interrupted job that was started with this `resume`."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return "start the same command again to go on from there"
+    if job is None or resume == "none":
+        return f"start the same command again{' with resume=auto' if resume == 'none' else ''} to go on from there"
     return f"to go on from there: scontrol requeue {job} (or submit with #SBATCH --requeue --signal=TERM@120 and let the queue do it)"

@@ -29,6 +29,19 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path, undis
 
 
 @pytest.mark.slow
+def test_resume_none_goes_on_from_what_its_own_launch_wrote_and_from_nothing_else(tmp_path, undisturbed):
+    text = train(tmp_path, *fault("sigkill", 8, on=1), "resume=none")
+    same(tmp_path, undisturbed())
+    assert attempts(tmp_path) in ([0, 6], [0, 3])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".jsonl")}
+    text = train(tmp_path, "resume=none", restarts=1, code=1).removeprefix(text)
+    assert text.count("holds checkpoints of an earlier run; write resume=auto") == 2, (
+        "the restart of a launch that was refused is refused too"
+    )
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_four_ranks_and_two_deaths(strategy, tmp_path, undisturbed):
     train(tmp_path, *fault("sigkill", 5, on=3, times=2), f"strategy={strategy}", ranks=4)
