@@ -1,4 +1,4 @@
-"""500 random faults, in one table by kind: python tests/chaos/five_hundred.py [FAULTS [SEED]]
+"""500 random faults, in one table by kind: python -m tests.chaos.five_hundred [FAULTS [SEED]]
 
 Each hurts a copy of a job that saved three checkpoints and logged six steps, and starts the job again. It must end in one of two ways:
 
@@ -6,6 +6,8 @@ Each hurts a copy of a job that saved three checkpoints and logged six steps, an
     stopped     a UserError says what was found, and the files are as the fault left them
 
 and whatever it does, no byte of a checkpoint that the fault left alone may change (one that is damaged is renamed), nor a row of metrics.jsonl go.
+
+The table, with what was said first for each kind, is kept in benchmarks/results/faults.json, from where docs/tables.py brings it to docs/faults.md.
 """
 
 from __future__ import annotations
@@ -241,8 +243,19 @@ def rows(run: Path) -> Counter[str]:
     return Counter(line for text in texts for line in text.rpartition("\n")[0].splitlines() if line)
 
 
-def one(kind: str, start: Path, place: Path, expected: dict[str, torch.Tensor], chance: random.Random) -> str:
-    """Do a fault, start the job again, and say how it ended."""
+class Said(logging.Handler):
+    """Keeps the warnings and errors of the library, and its refusals, instead of showing them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def one(kind: str, start: Path, place: Path, expected: dict[str, torch.Tensor], chance: random.Random, said: list[str]) -> str:
+    """Do a fault, start the job again, and say how it ended; its refusal is added to what was `said`."""
     run = place / "run"
     shutil.copytree(start, run, symlinks=True)
     victim = place / "victim"
@@ -253,8 +266,9 @@ def one(kind: str, start: Path, place: Path, expected: dict[str, torch.Tensor], 
     try:
         same = all(torch.equal(value, expected[name]) for name, value in job(run, STEPS).items())
         ended = "survived" if same else "WRONG WEIGHTS"
-    except UserError:
+    except UserError as error:
         ended = "stopped"
+        said.append(str(error))
     kept = {digest for _, digest in contents(run)}
     if lost := [name for name, digest in before if name in sound and digest not in kept]:
         return f"LOST {lost}"
@@ -269,27 +283,34 @@ def one(kind: str, start: Path, place: Path, expected: dict[str, torch.Tensor], 
     return ended
 
 
-def main(count: int = 500, seed: int = 0) -> dict[str, Counter[str]]:
-    """Do `count` faults, of each kind in proportion; returns kind -> how they ended."""
-    logging.disable(logging.CRITICAL)
-    chance = random.Random(seed)
+def main(count: int = 500, seed: int = 0, tell: Callable[[str], None] = lambda line: None) -> dict[str, Counter[str]]:
+    """Do `count` faults, of each kind in proportion; returns kind -> how they ended, and tells a row a kind, with an example of what was said."""
+    logger, said, chance = logging.getLogger("paratrain"), Said(), random.Random(seed)
+    logger.addHandler(said)
+    logger.propagate, propagated = False, logger.propagate
     table: dict[str, Counter[str]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        start, through = Path(scratch, "start"), Path(scratch, "through")
-        expected = job(through, STEPS)
-        job(start, 6)
-        for kind, (share, _) in KINDS.items():
-            table[kind] = Counter()
-            for number in range(max(1, round(share * count / 500))):
-                place = Path(scratch, "place")
-                place.mkdir()
-                try:
-                    ended = one(kind, start, place, expected, random.Random(chance.randrange(1 << 62)))
-                except Exception as error:
-                    ended = f"{type(error).__name__}: {str(error)[:200]} ({number})"
-                table[kind][ended] += 1
-                shutil.rmtree(place)
-    logging.disable(logging.NOTSET)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            start, through = Path(scratch, "start"), Path(scratch, "through")
+            expected = job(through, STEPS)
+            job(start, 6)
+            for kind, (share, _) in KINDS.items():
+                table[kind], example = Counter(), ""
+                for number in range(max(1, round(share * count / 500))):
+                    place = Path(scratch, "place")
+                    place.mkdir()
+                    said.lines.clear()
+                    try:
+                        ended = one(kind, start, place, expected, random.Random(chance.randrange(1 << 62)), said.lines)
+                    except Exception as error:
+                        ended = f"{type(error).__name__}: {str(error)[:200]} ({number})"
+                    table[kind][ended] += 1
+                    example = example or " / ".join(said.lines).replace(str(place), "")
+                    shutil.rmtree(place)
+                tell(f"{_row(kind, table[kind])} {example}")
+    finally:
+        logger.removeHandler(said)
+        logger.propagate = propagated
     return table
 
 
@@ -308,9 +329,14 @@ def _row(kind: str, ends: Counter[str]) -> str:
 
 
 if __name__ == "__main__":
+    from benchmarks import report
+
     began = time.monotonic()
-    found = main(*map(int, sys.argv[1:]))
+    found = main(*map(int, sys.argv[1:]), tell=lambda line: print(line, flush=True))
     print(shown(found, time.monotonic() - began))
     bad = {kind: {end: n for end, n in ends.items() if end not in ("survived", "stopped")} for kind, ends in found.items()}
     print({kind: ends for kind, ends in bad.items() if ends} or "nothing was lost")
+    report.write(
+        "faults", {kind: dict(ends) for kind, ends in found.items()}, f"seed {sys.argv[2] if len(sys.argv) > 2 else 0}; one process"
+    )
     sys.exit(any(bad.values()))
