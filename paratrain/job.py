@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paratrain import config
 from paratrain.errors import UserError
+from paratrain.redact import mentioned
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -160,6 +161,8 @@ def _whole_error_files() -> Any:
             os.environ["TORCHELASTIC_ERROR_FILE"] = f"{path}.part"
             try:
                 super().record_exception(e)
+                kept = Path(f"{path}.part").read_text()
+                Path(f"{path}.part").write_text(mentioned(kept))
                 os.replace(f"{path}.part", path)
             finally:
                 os.environ["TORCHELASTIC_ERROR_FILE"] = path
@@ -168,7 +171,7 @@ def _whole_error_files() -> Any:
 
 
 def _print_once(text: str, identity: str, store: Store | None) -> None:
-    first = True
+    first, text = True, mentioned(text)
     if store is not None:
         name = hashlib.blake2b(f"{socket.gethostname()}: {identity}".encode(), digest_size=8).hexdigest()
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -28,27 +29,69 @@ _PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIV
 _FLAG = re.compile(r"(?<!\S)(--?(?P<name>[A-Za-z][\w-]*)\s+)(?P<value>[^\s-]\S*)")
 _ASSIGNED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>["']?\s*=\s*|["']?:(?!/)\s*)(?P<value>"[^"]*"|'[^']*'|[^\s?&;,{}\[\])"']+)""")
 _COLON = re.compile(r":(?=[^\s/])")  # YAML wants a space behind it
+_WORDS = re.compile(r"[a-z]*(?:[ _./-][a-z]+)*")
+_SHORTEST = 8  # characters of a secret that is looked for in other texts: a shorter one is in many by chance
 
 
 def redact(value: Any, name: str = "") -> Any:
     """A copy with secrets replaced by `[redacted]`.
 
     A secret is what stands under a name such as `api_key`, `hf_token`, `password` or `authorization`, text or number; user:password in
-    a URL; and `password=...` or `access_token=...` inside of a text, as in a query or a connection string.
+    a URL; and `password=...` or `access_token=...` inside of a text, as in a query or a connection string. What an interpolation has
+    brought to another place is found there by its value: that of a secret of the same data, or of such a variable of the environment.
     """
+    return _redacted(value, name, {*_secrets(value, name), *_of_environment()})
+
+
+def mentioned(line: str, value: Any = None) -> str:
+    """A text in which the values of the secrets in `value` and in the environment are replaced, wherever they stand; nothing else is."""
+    return _without(line, {*_secrets(value, ""), *_of_environment()})
+
+
+def _redacted(value: Any, name: str, secrets: set[str]) -> Any:
     if isinstance(value, Mapping):
-        return {k: redact(v, name if _is_secret(name, "") else str(k)) for k, v in value.items()}
+        return {k: _redacted(v, name if _is_secret(name, "") else str(k), secrets) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(v, name) for v in value]
+        return [_redacted(v, name, secrets) for v in value]
     if isinstance(value, str):
-        return HIDDEN if value and _is_secret(name, value) else text(value)
+        return HIDDEN if value and _is_secret(name, value) else _text(_without(value, secrets))
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return HIDDEN if _is_secret(name, value) else value
+        return HIDDEN if _is_secret(name, value) or str(value) in secrets else value
     return value
 
 
+def _secrets(value: Any, name: str) -> Iterator[str]:
+    """What is certain to be a secret, and long enough to be looked for elsewhere."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _secrets(part, name if _is_secret(name, "") else str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _secrets(part, name)
+    elif not isinstance(value, bool) and isinstance(value, str | int | float) and _is_secret(name, value):
+        found = str(value)
+        if len(found) >= _SHORTEST and not found.startswith(("${", HIDDEN)) and (_CERTAIN.search(name) or not _WORDS.fullmatch(found)):
+            yield found
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and not value.startswith("/") and _named(name.lower()):  # a path tells where a secret is
+            yield value
+
+
+def _without(line: str, secrets: Iterable[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        line = line.replace(secret, HIDDEN)
+    return line
+
+
 def text(line: str) -> str:
-    """A text with the secrets in it replaced: user:password in URLs, private keys, and what is assigned or passed to a secret name."""
+    """A text with the secrets in it replaced: user:password in URLs, private keys, those of the environment, and what has a secret name."""
+    return _text(_without(line, _of_environment()))
+
+
+def _text(line: str) -> str:
     line = _PEM.sub(rf"\1 {HIDDEN} \2", _USERINFO.sub(HIDDEN, line)) if "://" in line or "-----" in line else line
     line = _HEADER.sub(rf"\1{HIDDEN}", _SCHEME.sub(rf"\1 {HIDDEN}", line))
     line = _FLAG.sub(lambda found: f"{found[1]}{HIDDEN}" if _named(found["name"]) else found[0], line)

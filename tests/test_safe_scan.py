@@ -1,4 +1,4 @@
-"""30 runs with secrets planted in their configurations: no file that they leave and no line that they print holds one."""
+"""32 runs with secrets planted in their configurations: no file that they leave and no line that they print holds one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ KINDS = [
     f"url='postgres://me:p@{WORD}@host/x'", f"header='Authorization: Bearer {WORD}'", f"header='Authorization: token {WORD}'",
     f"header='X-Api-Key: {WORD}'", f"dsn='host=h password={WORD}'", f"private_key={WORD}", f"command='mysql --password {WORD} -h x'",
     f"credentials={{id: {WORD}}}", f"webhook='https://hooks.example.com/{WORD}'", f"cookie={WORD}", f"jwt={WORD}", f"client_secret={NUMBER}",
+    "x=${oc.env:MY_PASSWORD}", f"db={{password: {WORD}, line: 'as ${{app.db.password}}'}}",
 ]  # fmt: skip
-assert len(KINDS) == 30
+assert len(KINDS) == 32
 
 
 def holds(content: bytes) -> bool:
@@ -30,9 +31,10 @@ def holds(content: bytes) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_30_runs_leave_no_secret(tmp_path, caplog, capfd, monkeypatch):
+def test_no_run_leaves_a_secret(tmp_path, caplog, capfd, monkeypatch):
     """Every tenth run keeps a W&B run on disk, every fifth ends by an error; all save a checkpoint and are resumed once."""
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MY_PASSWORD", WORD)
     caplog.set_level(logging.DEBUG, "paratrain")
     data = [(torch.full((3,), float(i)), torch.ones(1)) for i in range(8)]
     for number, kind in enumerate(KINDS):

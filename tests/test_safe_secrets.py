@@ -95,6 +95,49 @@ def test_what_is_said_of_a_mistake_has_no_secret(project, wrong):
     assert not leaks(done.stdout + done.stderr), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("wrong", [
+    "optimizer.lr=${oc.env:MY_PASSWORD}", "optimizer.lrr=${oc.env:MY_PASSWORD}", "seed=x${oc.env:MY_PASSWORD}y", "logger.sinks=['${oc.env:MY_PASSWORD}']",
+    "+callbacks.a._target_=${oc.env:MY_PASSWORD}", "optimizer.lr=${app.db.password}", "hydra.run.dir=/dev/null/${oc.env:MY_PASSWORD}", "trainer.max_steps=${app.token}x",
+])  # fmt: skip
+def test_what_is_said_of_a_mistake_has_no_secret_that_an_interpolation_brought_there(project, wrong, monkeypatch, capsys):
+    from paratrain._hydra import app, load_config
+    from paratrain.errors import ConfigError
+
+    monkeypatch.setenv("MY_PASSWORD", "PLANTEDPLANTED")
+    monkeypatch.setattr(sys, "argv", ["app.py", "+app.db={password: PLANTEDPLANTED}", "+app.token=PLANTED7261726165", wrong])
+    with pytest.raises(SystemExit) as stopped:
+        app._start(lambda cfg: None, None, "paratrain")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: invalid configuration (1 problem)" in said
+    assert not leaks(said)
+    if "hydra" not in wrong:
+        with pytest.raises(ConfigError) as caught:
+            load_config(sys.argv[1:])
+        assert not leaks(str(caught.value))
+
+
+def test_what_an_interpolation_brought_under_another_name_is_no_secret_less(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "PLANTEDPLANTED")
+    monkeypatch.setenv("SESSION_KEYRING", "training")
+    data = {
+        "db": {"password": 7261726165},
+        "url": "host/7261726165?n=1",
+        "n": 7261726165,
+        "x": ["PLANTEDPLANTED"],
+        "pwd": "short",
+        "short": "short",
+    }
+    found = redact(data)
+    assert not leaks(str(found))
+    assert (found["short"], found["url"]) == ("short", f"host/{HIDDEN}?n=1")
+    assert redact({"key": "train/loss", "best": "train/loss", "kind": "training"}) == {
+        "key": HIDDEN,
+        "best": "train/loss",
+        "kind": "training",
+    }
+
+
 @pytest.mark.parametrize("line", [
     "Authorization: token PLANTED", "mysql --password PLANTED -h x", '{"password": "PLANTED", "n": 1}', "postgres://me:p@PLANTED@host/x",
     "-----BEGIN RSA PRIVATE KEY-----\nPLANTED\n-----END RSA PRIVATE KEY-----", "X-Api-Key: PLANTED", "https://host/?sig=PLANTED&n=1",

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from paratrain import _help, config, job, launch, lock, notes, schema
 from paratrain._hydra.compose import ROOT, VERSION_BASE, Composed, checked, compose, from_hydra, make_loader
 from paratrain.errors import ConfigError, UserError
-from paratrain.redact import HIDDEN, line_of_overrides, redact, redact_overrides, text
+from paratrain.redact import HIDDEN, line_of_overrides, mentioned, redact, redact_overrides, text
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -77,7 +77,7 @@ def _start(task: Callable[[config.Config], Any], config_path: str | None, config
             return sys.exit(told) if isinstance(told, int) else job.follow(task, told, store)
         return _lead(task, config_path, config_name, store)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {mentioned(str(error))}", file=sys.stderr, flush=True)
         return sys.exit(job.MISTAKE)
 
 

@@ -290,7 +290,10 @@ def from_hydra(cfg: DictConfig, ignore: Iterable[str] = ()) -> config.Config:
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key or 'interpolation'}: {_line(error)}"]) from None
     assert isinstance(data, dict)
-    return config.from_dict(data, ignore=set(ignore), targets=True)  # type: ignore[arg-type]
+    try:
+        return config.from_dict(data, ignore=set(ignore), targets=True)  # type: ignore[arg-type]
+    except ConfigError as error:  # a value at fault may be what an interpolation brought there
+        raise ConfigError([redact.mentioned(problem, data) for problem in error.problems]) from None
 
 
 def _line(error: BaseException) -> str:
