@@ -61,6 +61,8 @@ def _at_work(method: _Method) -> _Method:
 
     @wraps(method)
     def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        if self._views.at_work:
+            return method(self, *args, **kwargs)
         with self._views:
             try:
                 return method(self, *args, **kwargs)
@@ -198,7 +200,7 @@ class Engine:
         self._losses.begin(len(micro))
         self._moved.begin(len(micro), share.size, dealt)
         if self.cfg.trainer.loss_check:
-            self._watch = self._proof.begin(share, micro, self.mesh.loss.size(), self.micro_batch_size)
+            self._watch = self._proof.begin(share, micro, self.micro_batch_size)
         if not self._foreign:
             own_loop.clear(self)
         with rng.preserved(self.device), self._young(batch, micro):
@@ -619,7 +621,7 @@ class Engine:
                 return _weightless(outputs), 0, True
         total, count = self._losses.add(named(loss, self._losses.weights, count)) if self._losses.weights else as_sum_and_count(loss, count)
         constant = torch.is_grad_enabled() and not total.requires_grad
-        if constant and (self._watch is not None or self.mesh.loss.size() > 1 or count == 0):
+        if constant and (self._watch is not None or self._totals.ranks > 1 or count == 0):
             total = total + _weightless(outputs)
         return total, count, constant
 

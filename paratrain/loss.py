@@ -202,7 +202,7 @@ def as_sum_and_count(loss: Any, count: Any = None) -> tuple[torch.Tensor, Any]:
     if isinstance(loss, tuple | list) and len(loss) == 2 and isinstance(loss[0], torch.Tensor):
         if loss[0].numel() != 1:
             raise UserError(f"loss_fn returned a sum of shape {tuple(loss[0].shape)}; reduce it to a scalar (losses.sum(), losses.numel())")
-        if not (isinstance(loss[1], int | float | np.number) or (isinstance(loss[1], torch.Tensor) and loss[1].numel() == 1)):
+        if not (isinstance(loss[1], (int, float, np.number)) or (isinstance(loss[1], torch.Tensor) and loss[1].numel() == 1)):
             what = f"a tensor of shape {tuple(loss[1].shape)}" if isinstance(loss[1], torch.Tensor) else f"a {type(loss[1]).__name__}"
             raise UserError(
                 f"loss_fn returned {what} as the second of a pair; return (sum, count): how many terms the sum has, or a mean alone"

@@ -92,9 +92,9 @@ class LossProof:
         self.joint = False  # the loss has collectives
         self._weighted = False  # its count has a gradient
 
-    def begin(self, share: LocalBatch, micro: Sequence[tuple[Any, Any, int]], ranks: int, size: int | None) -> Watch | None:
+    def begin(self, share: LocalBatch, micro: Sequence[tuple[Any, Any, int]], size: int | None) -> Watch | None:
         """What watches this step, if it is one to watch; the same answer on every rank."""
-        step, self._steps, self._several = self._steps, self._steps + 1, len(micro) > 1
+        step, self._steps, self._several, ranks = self._steps, self._steps + 1, len(micro) > 1, self._totals.ranks
         uneven = share.form is not None and (share.size != share.largest * ranks or share.largest % (size or share.largest) != 0)
         new = uneven and not self._uneven_seen
         self._uneven_seen |= uneven

@@ -24,7 +24,7 @@ class Totals:
 
     def __init__(self, mesh: Mesh, layout: Layout, params: Sequence[torch.Tensor], names: Mapping[torch.Tensor, str], device: torch.device):
         self._mesh, self._layout, self._params, self._device = mesh, layout, params, device
-        self._ranks = mesh.loss.size()
+        self.ranks = mesh.loss.size()
         # where each parameter stands among those of all data ranks, and how many these are: ranks of ep may hold others by name
         self._slots, self._size = list(range(len(params))), len(params)
         if layout.experts.owners:
@@ -41,7 +41,7 @@ class Totals:
 
     def over_ranks(self, values: Sequence[Scalar], over: DeviceMesh | None = None) -> list[Scalar]:
         """Each value summed over the ranks that hold parts of the loss, or those of `over`, in one collective."""
-        if (self._ranks if over is None else over.size()) == 1:
+        if (self.ranks if over is None else over.size()) == 1:
             return list(values)
         return self._scalars(_all_reduced(self._vector(values), self._mesh.loss if over is None else over))
 
