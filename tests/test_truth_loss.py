@@ -205,6 +205,9 @@ def test_a_mean_counted_once_is_right_while_parts_are_equal():
         return F.mse_loss(outputs, targets), 1
 
     assert_exact(net, data, once, "ddp", "ddpm")
+    report = pt.verify(net, once, data, practice.configured(("strategy=ddp", "verify.steps=2", "data.micro_batch_size=2")), ranks=2)
+    assert report.ok, report.text()  # the counts differ, which changes nothing
+    assert "the loss counts 1" in report.text()
     assert_refused(net, rows((8, 7)), once, "ddp", says="loss_fn is no sum over what it counts")
 
 

@@ -336,6 +336,10 @@ def _notes(result: Comparison, traces: list[Trace], split: list[str], job: Job) 
         notes.append(
             f"{len(names)} attributes or buffers are not compared, because they say only what the last forward was given: {_listed(names)}"
         )
+    if result.once:
+        notes.append(
+            "the loss counts 1 whatever is in a batch, so step.count is the number of its parts; with parts of unequal size training stops"
+        )
     if result.accepted:
         notes.append(f"trainer.forward_state leaves {_listed(result.accepted)} to each rank: not compared")
     if result.written:
