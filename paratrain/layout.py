@@ -24,6 +24,7 @@ from paratrain.parallel.call_order import CallOrder
 from paratrain.parallel.context import Context
 from paratrain.parallel.pipeline import Pipeline
 from paratrain.parallel.shard import shard
+from paratrain.parallel.shard_uses import share_arguments
 from paratrain.parallel.tensor import Placed
 from paratrain.parallel.tp_uses import Reading
 from paratrain.precision import accumulate, fp8
@@ -127,6 +128,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
         accumulate.widen(model.parameters(), accumulate.dtype_of(cfg))
         placed.keep(model)
         if stages:
+            share_arguments(model)
             run = Pipeline(stages, mesh, cfg, device, sharded=True)
             return Layout(
                 model,

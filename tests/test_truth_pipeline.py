@@ -11,6 +11,7 @@ import pytest
 import torch
 from practice import LAYOUTS, assert_same, ours, plain
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from paratrain.errors import UserError
@@ -418,6 +419,34 @@ class WritesIntoInputs(Net):
         return super().forward(x)
 
 
+class RootHooks(Net):
+    """Hooks on what the model is given and returns; what the first stage returns is a message, and none of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_forward_pre_hook(lambda module, args: tree_map(lambda x: x * 0.5, args))
+        self.register_forward_hook(lambda module, args, out: tree_map(lambda x: x * 2 + 1, out))
+
+
+class Heads(Net):
+    """Each block has a head, whose output goes into a list: its weights are used by nothing that the block returns."""
+
+    class block(Block):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x, seen):
+            seen.append(self.head(x)[:, 0])
+            return x + self.down(self.inner(x))
+
+    def forward(self, x):
+        h, seen = self.first(x), []
+        for b in self.blocks:
+            h = b(h, seen)
+        return self.out(h), sum(seen)
+
+
 class HandsOn(Net):
     """Some blocks return what they are given."""
 
@@ -428,7 +457,7 @@ class HandsOn(Net):
     def forward(self, x):
         h = self.first(x)
         for number, b in enumerate(self.blocks):
-            h = b(h, (len(x) + number) % 2 == 1)
+            h = b(h, number % 2 == 1)
         return self.out(h)
 
 
@@ -514,11 +543,11 @@ class Compiled(Net):
         self.blocks[0] = torch.compile(self.blocks[0], backend="eager")
 
 
-ELSEWHERE = [(model, rows(), with_term) for model in (Box, ListArgument, Attributes, features, GlobalList, ObjectArgument)]
+ELSEWHERE = [(model, rows(), with_term) for model in (Box, ListArgument, Heads, Attributes, features, GlobalList, ObjectArgument)]
 HANDED = [(MaskPassed, masked(), square), (MaskComputed, masked(), square), (RootAttribute, rows(), square)]
 SHAPES = [(model, rows(), with_term) for model in (Dataclasses, Dicts, Distributions)]
 WEIGHTS = [(Reused, rows(), square), (Penalty, rows(), penalised)]
-OTHERS = [(model, rows(), square) for model in (Checkpointed, WritesIntoInputs, HandsOn, Compiled)]
+OTHERS = [(model, rows(), square) for model in (Checkpointed, WritesIntoInputs, RootHooks, HandsOn, Compiled)]
 
 
 def test_programs_whose_blocks_do_more_are_exact():

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -432,6 +434,12 @@ def _form(leaf: Any) -> Any:
     return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
 
 
+def _is_users(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return not (getattr(hook, "__module__", None) or "").startswith(("paratrain.", "torch.distributed."))
+
+
 def _at(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
@@ -547,9 +555,21 @@ class _Root(nn.Module):
     _split: Stages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._split.visit is None and self._split.alone is not None:
+        visit = self._split.visit
+        if visit is None and self._split.alone is not None:
             return self._split.alone(*args, **kwargs)
+        if visit is not None and visit.stage + 1 < self._split.stages and any(map(_is_users, self._forward_hooks.values())):
+            return self._without_hooks(super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _without_hooks(self, call: Any, args: Any, kwargs: Any) -> Any:
+        """The user's hooks on outputs are for those of the model, which the last stage has; the others return messages."""
+        hooks = self._forward_hooks
+        self._forward_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_users(hook))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._forward_hooks = hooks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         visit = self._split.visit

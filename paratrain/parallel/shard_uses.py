@@ -51,7 +51,7 @@ class Uses:
         self._class = watched("ShardedWeight", self.answer)
         self._first = True  # steps
         self._late = False  # whether nodes of backward needed weights before a hook had gathered them
-        self._seen: dict[nn.Module, list[int]] = {}
+        self._written = Written()
         self._announced = 0
         by_module: dict[nn.Module, list[compat.WeightGroup]] = {}
         for group in self._groups:
@@ -152,16 +152,12 @@ class Uses:
                 self._hold([group])
                 for holder, name, tensor in exchanged:
                     holder._parameters[name] = tensor
-        if containers := [value for value in (*args, *kwargs.values()) if can_change(value)]:
-            self._seen[module] = [id(tensor) for tensor in tensors(containers)]
+        self._written.before(module, args, kwargs)
 
     def _after(self, groups: list[compat.WeightGroup], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._written.after(module, args, kwargs)
         if not torch.is_grad_enabled():
-            self._seen.pop(module, None)
             return
-        if (seen := self._seen.pop(module, None)) is not None:
-            written = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.requires_grad and id(tensor) not in seen]
-            compat.gather_before_backward(module, [tensor for tensor in written if tensor.grad_fn is not None])
         if isinstance(output, torch.Tensor) and output.requires_grad:
             return
         if not any(tensor.requires_grad for tensor in tensors(output)) and any(param.requires_grad for param in module.parameters()):
@@ -243,6 +239,34 @@ def _note_versions_once(module: nn.Module, groups: Sequence[compat.WeightGroup])
 
 def _trains(param: DTensor) -> bool:
     return param.requires_grad
+
+
+class Written:
+    """What blocks write into lists, dicts and the like that they are given: outputs, too, whose backward needs the weights."""
+
+    def __init__(self) -> None:
+        self._seen: dict[nn.Module, list[int]] = {}
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if containers := [value for value in (*args, *kwargs.values()) if can_change(value)]:
+            self._seen[module] = [id(tensor) for tensor in tensors(containers)]
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        seen = self._seen.pop(module, None)
+        if seen is not None and torch.is_grad_enabled():
+            written = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.requires_grad and id(tensor) not in seen]
+            compat.gather_before_backward(module, [tensor for tensor in written if tensor.grad_fn is not None])
+
+
+def share_arguments(model: nn.Module) -> None:
+    """Let the blocks of a sharded model write into the lists and dicts of those who call them, where no `Uses` does."""
+    written = Written()
+    groups = compat.weight_groups(model)
+    for group in groups:
+        group.intercept(lambda: True, _mark)
+    for module in dict.fromkeys(group.module for group in groups):
+        module.register_forward_pre_hook(written.before, prepend=True, with_kwargs=True)
+        module.register_forward_hook(written.after, prepend=True, with_kwargs=True)
 
 
 def _gather_alone(param: DTensor) -> torch.Tensor:
