@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -630,3 +632,61 @@ def own_class(module: torch.nn.Module) -> type:
         )
 
     return next(cls for cls in type(module).__mro__ if not is_made(cls))
+
+
+_TERMINATE = ctypes.CFUNCTYPE(None)
+
+
+class _ExceptionPointer(ctypes.Structure):
+    """`std::exception_ptr`, made large enough to be returned in memory, as what has a destructor is."""
+
+    _fields_: ClassVar = [("error", ctypes.c_void_p), ("unused", ctypes.c_char * 16)]
+
+
+def on_terminate(report: Callable[[str], None]) -> Callable[[], None]:
+    """Have `report` called when a C++ exception that nobody catches is about to abort this process, in its thread; returns what undoes it.
+
+    It is given the message of the exception, or the name of its class where that is not one that is known to have a message. Where the
+    C++ library is not GNU's, nothing is done.
+    """
+    try:
+        cpp = ctypes.CDLL("libstdc++.so.6")
+        replace = cpp._ZSt13set_terminatePFvvE
+    except (OSError, AttributeError):
+        return lambda: None
+    replace.restype, replace.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before: int | None = None
+
+    @_TERMINATE
+    def ends() -> None:
+        replace(before)
+        try:
+            report(_uncaught(cpp))
+        except Exception:
+            traceback.print_exc()
+        finally:
+            _TERMINATE(before or 0)()  # which shows the exception and aborts
+
+    before = replace(ctypes.cast(ends, ctypes.c_void_p))
+    kept = [ends]  # for as long as C++ may call it
+
+    def undo() -> None:
+        if kept:
+            replace(before)
+            kept.clear()
+
+    return undo
+
+
+def _uncaught(cpp: ctypes.CDLL) -> str:
+    """What the exception that terminates this process says."""
+    kind, thrown = cpp.__cxa_current_exception_type, cpp._ZSt17current_exceptionv
+    kind.restype, thrown.restype = ctypes.c_void_p, _ExceptionPointer
+    if not (info := kind()):
+        return "std::terminate"
+    name = ctypes.cast(ctypes.cast(info, ctypes.POINTER(ctypes.c_char_p))[1], ctypes.c_char_p).value or b""
+    if not name.startswith((b"N4gloo", b"N3c10", b"St13runtime_error")) or not (error := thrown().error):
+        return name.decode(errors="replace")
+    table = ctypes.cast(error, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))[0]
+    what = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(table[2])  # type: ignore[arg-type]  # after the two destructors, as in std::exception
+    return (what(error) or b"").decode(errors="replace")

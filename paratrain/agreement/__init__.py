@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from paratrain import compat
-from paratrain.agreement import channel, connections, where
+from paratrain.agreement import abort, channel, connections, where
 from paratrain.agreement.channel import Channel, Peer
 from paratrain.errors import PeerError, UserError
 
@@ -58,6 +58,7 @@ _COMMUNICATION = re.compile(
 )
 
 _TIMEOUT = re.compile(r"[Tt]imed? ?out")
+_MISMATCH = re.compile(r"[Rr]eceived data size|collective mismatch|preamble")
 
 _SAME_CALLS = (
     "Every rank must make the same calls of the engine, of its model and of torch.distributed, in the same order: do on all ranks what one does "
@@ -147,6 +148,7 @@ class Agreement:
         self._hints: dict[int, tuple[float, Failure]] = {}  # errors that a rank may still catch
         self._lock = threading.Lock()
         self.channel = Channel(rank, address, self._answer) if address else None
+        self.undo = abort.explain(self) if address else None
 
     # ------------------------------------------------------------------ on the rank that calls
 
@@ -317,9 +319,25 @@ class Agreement:
         if (cause := self._cause()) is not None:
             return cause
         if gone:
+            gone = self._gone(answers) or gone  # what was dying is dead by now
             text = f"{'; '.join(gone)}. Seen by rank {self.rank}, which was in {self._place}"
             return Failure(self.rank, type(error).__name__, text, False, True, self._place)
-        return Failure(self.rank, type(error).__name__, self._hang(answers), True, True, self._place)
+        return Failure(self.rank, type(error).__name__, self._hang(answers, str(error)), True, True, self._place)
+
+    def broken(self, what: str) -> tuple[Failure, bool]:
+        """Why an exception that says `what` is about to abort this process, and whether a peer had told so before; from any thread."""
+        self._waited, self._place = True, where.told(where.places(self._thread.frame()), self._now(), self.modules())
+        self._failing = True
+        failure = self._explained(RuntimeError(what))
+        self._part(failure)
+        return failure, failure.rank != self.rank
+
+    def why(self, error: BaseException) -> Failure | None:
+        """What is behind an error that ends this program; None where the error says so itself."""
+        if not self.peers or not isinstance(error, Exception) or not _is_echo(error) or self.cause_of(error) is not None:
+            return None
+        self._waited, self._place, self._failing = True, self._here(error), True
+        return self._explained(error)
 
     def _cause(self) -> Failure | None:
         """The first error that a peer told of, if any did."""
@@ -347,17 +365,20 @@ class Agreement:
             told.append(f"rank {rank} (process {peer.pid} on {peer.host}) {how}")
         return [*told[:_MOST_NAMED], *([f"and {len(told) - _MOST_NAMED} more"] if len(told) > _MOST_NAMED else [])]
 
-    def _hang(self, answers: dict[int, Any]) -> str:
+    def _hang(self, answers: dict[int, Any], error: str = "") -> str:
         groups: dict[str, list[int]] = defaultdict(list)
         groups[f"waits in {self._place}"].append(self.rank)
         for rank, answer in answers.items():
             groups[("waits in " if answer["collective"] else "is in ") + answer["place"]].append(rank)
         lines = [f"{_ranks(who)} {what}" for what, who in sorted(groups.items(), key=lambda item: item[1])]
         calls = {rank: answer["calls"] for rank, answer in answers.items()} | {self.rank: list(self._calls)}
-        return (
-            "\n  ".join(["trainer.timeout_minutes is over, and the ranks wait for each other:", *lines, *_first_difference(calls)])
-            + f"\n{_SAME_CALLS} If a rank was only slow, raise trainer.timeout_minutes"
+        head, tail = (
+            "trainer.timeout_minutes is over, and the ranks wait for each other:",
+            " If a rank was only slow, raise trainer.timeout_minutes",
         )
+        if _MISMATCH.search(error):
+            head, tail = "the ranks make different collectives, and what one sent is not what another expects:", ""
+        return "\n  ".join([head, *lines, *_first_difference(calls)]) + f"\n{_SAME_CALLS}{tail}"
 
     def survey(self) -> list[str]:
         """A line for each peer that says where it is; those last that do not answer."""
@@ -483,6 +504,8 @@ def close() -> None:
         _, made = _MADE.pop()
         if made.channel is not None:
             made.channel.close()
+        if made.undo is not None:
+            made.undo()
 
 
 def know(model: torch.nn.Module) -> Agreement:
@@ -542,6 +565,8 @@ def _leave() -> None:
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     if error is not None:
         tell(error)
+        if _MADE and (failure := _MADE[0][1].why(error)) is not None:  # a collective that no call of the engine made
+            print(f"error: {failure.error()}", file=sys.stderr, flush=True)
     close()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_TO_TELL = 10.0  # seconds that a rank has to tell of its error once the launcher wants it to end
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -37,9 +39,24 @@ def listening(asked: Asked) -> Iterator[None]:
     before = {number: signal.signal(number, ask) for number in HANDLED}
     try:
         yield
+    except BaseException:
+        if before[signal.SIGTERM] is signal.SIG_DFL:
+            before[signal.SIGTERM] = _after_its_error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _after_its_error(number: int, frame: Any) -> None:
+    """Die of a signal, but tell of an error first that is on its way out: the launcher ends a rank because another one has ended."""
+    if sys.exc_info()[0] is None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    else:
+        later = threading.Timer(_TO_TELL, os._exit, (128 + number,))
+        later.daemon = True
+        later.start()
 
 
 def how_to_go_on(resume: str) -> str:
