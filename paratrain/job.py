@@ -107,6 +107,8 @@ def run(task: Callable[[config.Config], Any], cfg: config.Config, store: Store |
     What is printed last on every machine is the error of the rank that failed first. Alone (`store` is None), exceptions other than `UserError` pass through.
     """
 
+    _say_once_what_files_refuse()
+
     def attempt() -> Any:
         try:
             return task(cfg)
@@ -191,6 +193,31 @@ def _log_to(directory: Path) -> None:
     console.addFilter(lambda record: not getattr(record, "printed", False))
     file = logging.FileHandler(directory / f"rank{_rank()}.log", encoding="utf-8")
     logging.basicConfig(level=logging.INFO, format=_LINE, handlers=[console, file], force=True)
+
+
+def _say_once_what_files_refuse() -> None:
+    """A disk that takes no more lines of a log is told once: logging shows a traceback for each line."""
+
+    def once(handler: logging.FileHandler) -> Callable[[logging.LogRecord], None]:
+        said = False
+
+        def fails(record: logging.LogRecord) -> None:
+            nonlocal said
+            if not isinstance(error := sys.exc_info()[1], OSError):
+                logging.Handler.handleError(handler, record)
+            elif not said:
+                said = True
+                print(
+                    f"warning: {handler.baseFilename} takes no more lines ({error.strerror}); they are only here",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        return fails
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = once(handler)  # type: ignore[method-assign,assignment]
 
 
 def _rank() -> int:

@@ -38,9 +38,11 @@ def held(directory: Path) -> Iterator[None]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        why = "it is a symbolic link, and its target would be written" if error.errno == errno.ELOOP else error.strerror
+        link = error.errno == errno.ELOOP
+        why = "it is a symbolic link, and its target would be written" if link else error.strerror
         raise UserError(
-            f"output_dir={directory}: cannot open its lock {path.name} ({why}); remove it, or choose another directory"
+            f"output_dir={directory}: cannot open its lock {path.name} ({why}); "
+            f"{'remove it' if link else 'make the directory writable'}, or choose another directory"
         ) from None
     ended = threading.Event()
     if os.fstat(fd).st_nlink > 1:

@@ -11,14 +11,21 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str, sync: bool = False) -> None:
     """Write a whole file so that a reader, or a crash, finds the old one or the new one.
+
+    Args:
+        sync: so does a crash of the whole machine or of its disk, which takes a while.
 
     Raises:
         OSError: it cannot be written; the old one stands.
     """
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, newline="")
+    with open(new, "w", newline="") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(new, path)
 
 

@@ -122,7 +122,8 @@ class Trainer:
         last = when.last_step(cfg.trainer, self.order.steps_per_epoch)
         began = since_process_start() if distributed.launched() else time.monotonic() - self._made
         self.goodput = Goodput(self.output_dir / "goodput.json" if engine.is_main_process else None, began)
-        self.saver = Saver(engine, self.checkpoint_dir, cfg.checkpoint)
+        logs = [self.output_dir / name for name in sinks.ROWS]
+        self.saver = Saver(engine, self.checkpoint_dir, cfg.checkpoint, beside=logs)
         engine.plan_updates(last)
         resumed = self._resume()
         distributed.on_main(lambda: restarts.note_attempt(self.output_dir, engine.global_step, cfg.trainer.max_stuck_restarts))

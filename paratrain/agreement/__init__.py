@@ -148,6 +148,7 @@ class Agreement:
         self._hints: dict[int, tuple[float, Failure]] = {}  # errors that a rank may still catch
         self._lock = threading.Lock()
         self.channel = Channel(rank, address, self._answer) if address else None
+        self._kills = channel.kills_for_memory()
         self.undo = abort.explain(self) if address else None
 
     # ------------------------------------------------------------------ on the rank that calls
@@ -354,11 +355,19 @@ class Agreement:
         """The ranks that do not answer, and what is known of them."""
         assert self.channel is not None
         told = []
+        if killed := channel.kills_for_memory() - self._kills:
+            ended = (
+                f"has ended, though its peers wait for it, and the kernel has killed {killed} process{'es' * (killed > 1)} of this machine for want of "
+                "memory since the job began (oom_kill in /proc/vmstat): most likely this one. Lower data.micro_batch_size or data.workers, shard "
+                "more, or give the job's control group more memory"
+            )
+        else:
+            ended = "has ended, though its peers wait for it: it was killed, left by os._exit, or came to the end of its program; see its output"
         for rank, peer in self.peers.items():
             if rank in answers:
                 continue
             how = {
-                "ended": "has ended, though its peers wait for it: it was killed (for memory?), left by os._exit, or came to the end of its program; see its output",
+                "ended": ended,
                 "stopped": "is stopped (SIGSTOP, or a debugger)",
                 "": "does not answer: its process or its machine is gone, or stands still",
             }[channel.state(peer, self.channel.me)]

@@ -172,6 +172,15 @@ def state(peer: Peer, me: Peer) -> str:
     return "stopped" if fields[0] in "Tt" else ""
 
 
+def kills_for_memory() -> int:
+    """How many processes the kernel of this machine has killed for want of memory, of the machine or of a control group, since it started."""
+    try:
+        with open("/proc/vmstat") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+    except (OSError, ValueError):
+        return 0
+
+
 def _stat(pid: int) -> list[str]:
     try:
         with open(f"/proc/{pid}/stat") as file:

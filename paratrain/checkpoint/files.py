@@ -45,6 +45,22 @@ def write(path: Path, parts: Iterable[memoryview | bytes]) -> SavedFile:
     return SavedFile(path.name, size, "".join(hashes))
 
 
+def sync(path: Path) -> None:
+    """See an existing file on disk, with what other writers of it have written so far; nothing where there is none.
+
+    Raises:
+        OSError: the disk did not take it.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_directory(path: Path) -> None:
     """See the entries of a directory on disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

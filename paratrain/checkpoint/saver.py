@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,11 @@ class Saver:
     Args:
         directory: gets step-000020/ and so on.
         options: the `checkpoint` section.
+        beside: files of rank 0 that tell of the steps in a checkpoint, and are to be on disk before it is.
     """
 
-    def __init__(self, engine: Engine, directory: Path, options: Checkpoint):
-        self.engine, self.directory, self.options = engine, directory, options
+    def __init__(self, engine: Engine, directory: Path, options: Checkpoint, beside: Sequence[Path] = ()):
+        self.engine, self.directory, self.options, self.beside = engine, directory, options, beside
         self.failures = 0
         self._group = dist.new_group(backend="gloo") if options.async_save and dist.get_world_size() > 1 else None
         self._buffers: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})  # of copies made at once, and by the thread
@@ -162,6 +164,9 @@ class Saver:
 
     def _write(self, captured: state.State, staged: dict[str, torch.Tensor] | None) -> None:
         assert self._path is not None
+        if is_main_process():
+            for path in self.beside:
+                notes.attempt(f"{path} may not be on disk", lambda path=path: files.sync(path))  # type: ignore[misc]
         try:
             save(self._path, *captured, group=self._group, staged=staged)
         except BaseException as error:

@@ -6,6 +6,7 @@ A second deadline in C ends a process whose interpreter itself is stuck, where n
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -70,7 +71,8 @@ class Watchdog:
                         return
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        stuck.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that has become read-only
+            stuck.unlink(missing_ok=True)
 
     def _give_up(self, since: float, doing: str) -> None:
         waited = time.monotonic() - since

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from paratrain.metrics.env import git_commit
 from paratrain.redact import redact, redact_overrides
 
 log = logging.getLogger(__name__)
+
+ROWS = ("metrics.jsonl", "metrics.csv")  # files that grow by a row each time
 
 Metrics = Mapping[str, float]
 
@@ -70,7 +73,7 @@ def _sink(name: str, options: Logger, run_dir: Path, resume: bool) -> Sink:
         return Console()
     if name == "tensorboard":
         return TensorBoard(run_dir / "tensorboard", resume)
-    return Jsonl(run_dir / "metrics.jsonl", resume) if name == "jsonl" else Csv(run_dir / "metrics.csv", resume)
+    return Jsonl(run_dir / ROWS[0], resume) if name == "jsonl" else Csv(run_dir / ROWS[1], resume)
 
 
 def run_info(
@@ -154,7 +157,7 @@ class Jsonl:
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             (kept if self.resume and _is_until(_row(line), run["step"]) else superseded).append(line + "\n")
         _append(_superseded(self.path), "".join(superseded))
-        notes.replace(self.path, "".join(kept))
+        notes.replace(self.path, "".join(kept), sync=bool(kept or superseded))
         self.file = self.path.open("a", buffering=1)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -244,6 +247,8 @@ def _append(path: Path, text: str) -> None:
     if text:
         with path.open("a", newline="") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before the file that these rows come from is replaced
 
 
 def _table(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:

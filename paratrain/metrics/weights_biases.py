@@ -12,6 +12,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _PREFLIGHT_SECONDS = 2
 _INIT_SECONDS = 30
 _FINISH_SECONDS = 60
+_LOOK_SECONDS = 60  # from one look at the server of an online run to the next
 _QUEUE_ROWS = 10_000
 _KEPT_ROWS = 1000  # logged again after a failure: W&B writes its file every 15 s, so a dead service loses the newest rows
 
@@ -45,6 +47,7 @@ class WeightsAndBiases:
         self.thread: threading.Thread | None = None
         self.recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_KEPT_ROWS)
         self.dropped = 0
+        self.looked, self.gone = time.monotonic(), False
 
     def start(self, run: Mapping[str, Any]) -> None:
         identity = self.options.id or _kept_id(self.run_dir / "wandb_id", self.resume)
@@ -98,9 +101,10 @@ class WeightsAndBiases:
 
     def _session(self, wandb: Any, identity: str, info: Mapping[str, Any], mode: str) -> None:
         run = self._init(wandb, identity, info, mode)
+        server = wandb.setup().settings.base_url if mode == "online" else None
         for row in list(self.recent):
             run.log(row)
-        while not isinstance(item := self.rows.get(), int):
+        while not isinstance(item := self._next(server), int):
             if isinstance(item, tuple):
                 run.summary[item[0]] = item[1]
                 continue
@@ -108,6 +112,31 @@ class WeightsAndBiases:
             run.log(item)
         self.rows.put_nowait(item)  # the end is still to come if this session fails at it
         run.finish(exit_code=item)
+        if self.gone:
+            log.warning("W&B did not answer until the end (%s); upload the rest of %s/wandb with `wandb sync`", server, self.run_dir)
+
+    def _next(self, server: str | None) -> dict[str, float] | tuple[str, str] | int:
+        """What is to be logged next. W&B says nothing of a server that is gone, and sends what it has kept once that is back."""
+        while True:
+            if server and time.monotonic() - self.looked >= _LOOK_SECONDS:
+                self._look(server)
+            with contextlib.suppress(queue.Empty):
+                return self.rows.get(timeout=_LOOK_SECONDS)
+
+    def _look(self, server: str) -> None:
+        self.looked = time.monotonic()
+        try:
+            _connect(server)
+        except OSError as error:
+            if not self.gone:
+                log.warning(
+                    "W&B does not answer (%s: %s); training goes on, and the metrics are kept in %s/wandb until it does", server, error, self.run_dir,
+                )  # fmt: skip
+            self.gone = True
+        else:
+            if self.gone:
+                log.warning("W&B answers again (%s), and gets what was kept", server)
+            self.gone = False
 
     def _init(self, wandb: Any, identity: str, info: Mapping[str, Any], mode: str) -> Any:
         options = self.options

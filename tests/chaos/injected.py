@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -84,6 +85,12 @@ class Fault(Callback):
             torch.empty(1 << 50, dtype=torch.uint8)
         if self.kind in ("SIGTERM", "SIGUSR1", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, self.kind))
+        if self.kind == "read-only":  # as a journalling file system does after an error of its disk
+            subprocess.run(["mount", "-o", "remount,abort", str(self.trainer.output_dir.parent)], check=True)
+        if self.kind == "greed":
+            kept = []
+            while True:
+                kept.append(torch.ones(16 << 20, dtype=torch.uint8))
         if self.kind == "hang":
             time.sleep(3600)
         if self.kind == "hang-with-gil":

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from jobs import STEPS, attempts, environment, fault, finish, same, start
@@ -41,6 +42,72 @@ def test_a_disk_that_fills_up_in_a_save(strategy, tmp_path, undisturbed):
     assert "training goes on; failed saves in a row: 1 of 20" in text
     assert [step for step, _ in checkpoint.steps(run / "checkpoints")] == [10, 11, 12]
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+JOURNAL = 'mount -o loop,errors=remount-ro "$0" "$1" || exit 99; d=$1; o=$2; shift 2; "$@"; c=$?; umount "$d"; mount -o loop "$0" "$d"; cp -a "$d/." "$o"; umount "$d"; exit $c'
+
+
+@pytest.mark.slow
+def test_a_file_system_that_becomes_read_only(tmp_path, undisturbed):
+    """Every failed save names the reason, and the third ends the job; no row and no checkpoint is lost, and mounted again it ends bit-equal."""
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    if os.geteuid() or not all(map(shutil.which, ("unshare", "mkfs.ext4"))):
+        pytest.skip("a loop device needs root")
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    disk.mkdir()
+
+    def launch(number: int, *hurt: str, code: int) -> str:
+        kept = tmp_path / f"kept-{number}"
+        kept.mkdir()
+        before = ["unshare", "--mount", "sh", "-c", JOURNAL, str(image), str(disk), str(kept)]
+        arguments = [*hurt, f"hydra.run.dir={disk}/run", "checkpoint.every=1", "checkpoint.keep=null", "checkpoint.max_failures=3"]
+        process = start(tmp_path, *arguments, before=before, restarts=1)
+        if process.poll() == 99:
+            pytest.skip("no loop devices here")
+        return finish(process, tmp_path, code, seconds=300)
+
+    text = launch(1, *fault("read-only", 6), code=1)
+    assert "the jsonl sink failed" in text
+    assert "takes no more lines (Read-only file system)" in text
+    assert "Logging error" not in text
+    assert "Exception in thread" not in text
+    assert re.search(
+        r"error: cannot save checkpoint .*Read-only file system\n3 saves in a row failed \(checkpoint.max_failures=3\)", text, re.DOTALL
+    )
+    assert re.search(r"error: .*disk/run.*Read-only file system", text.rpartition("3 saves in a row failed")[2]), (
+        "nor does the restart begin there"
+    )
+    run = tmp_path / "kept-1" / "run"
+    saved = [step for step, path in checkpoint.steps(run / "checkpoints") if not checkpoint.check(path)]
+    assert len(saved) >= 3
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) >= saved[-1], "what tells of a checkpoint's steps is on disk before it is"
+    launch(2, code=0)
+    run = tmp_path / "kept-2" / "run"
+    same(run, undisturbed())
+    assert (run / "metrics.jsonl").read_text().splitlines()[: saved[-1]] == rows[: saved[-1]]
+
+
+@pytest.mark.slow
+def test_a_rank_that_the_kernel_kills_for_its_memory(tmp_path, undisturbed):
+    """Its peer says that it was for memory, the restart goes on, and the job ends bit-equal."""
+    group = Path("/sys/fs/cgroup/memory/paratrain-test")
+    try:
+        group.mkdir(exist_ok=True)
+        (group / "memory.limit_in_bytes").write_text(str(3 << 30))
+    except OSError:
+        pytest.skip("no control group of one's own here")
+    try:
+        before = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" "$@"']
+        text = finish(start(tmp_path, *fault("greed", 8, on=1), before=before), tmp_path, seconds=300)
+    finally:
+        group.rmdir()
+    assert re.search(r"rank 1 \(process \d+ on \S+\) has ended, .* has killed 1 process of this machine for want of memory", text)
+    assert "exitcode: -9" in text
+    same(tmp_path, undisturbed())
+    assert len(attempts(tmp_path)) == 2
 
 
 CLOCK = r"""
