@@ -545,10 +545,13 @@ def test_the_errors_that_the_page_quotes():
         "KeyError: 'all_gather'": lambda: refused_by_fairscale(compute_device=torch.device("cpu")),
     }
     page = Path(__file__).parents[1].joinpath("docs", "backends.md").read_text()
+    computes_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     for quote, question in asked.items():
+        assert quote in page
+        if "fp16" in quote and computes_float16:  # there DeepSpeed takes it
+            continue
         answer = run(question, 2)[0]
         assert answer.startswith(quote), answer
-        assert quote in page
 
 
 @needs("fairscale")

@@ -304,8 +304,7 @@ def test_a_collective_of_ones_own_on_one_rank_is_named():
 
     for error, _ in outcomes(body, init=False):
         assert isinstance(error, UserError), error
-        assert "rank 0 waits in engine.train_step()" in str(error)
-        assert "all_reduce" in str(error)
+        assert re.search(r"(rank 0 waits|ranks 0, 1 wait) in engine.train_step\(\), .*, all_reduce", str(error)), error
 
 
 @pytest.mark.slow

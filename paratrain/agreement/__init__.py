@@ -312,9 +312,9 @@ class Agreement:
             if (cause := self._cause()) is not None:
                 return cause
             answers = channel.ask(self.peers.values(), {"kind": "where"}, _ANSWER)
-            if gone or time.monotonic() > deadline:
-                break
-            gone = self._gone(answers)  # an error that ended it has been told by now, or is on its way
+            asked_before, gone = bool(gone), self._gone(answers)
+            if asked_before or (not gone and time.monotonic() > deadline):
+                break  # an error that ended a rank that is gone has been told by now, or is on its way
             time.sleep(_ON_ITS_WAY if gone else pause)
             pause = min(2 * pause, 0.2)
         if (cause := self._cause()) is not None:
@@ -375,11 +375,14 @@ class Agreement:
         return [*told[:_MOST_NAMED], *([f"and {len(told) - _MOST_NAMED} more"] if len(told) > _MOST_NAMED else [])]
 
     def _hang(self, answers: dict[int, Any], error: str = "") -> str:
-        groups: dict[str, list[int]] = defaultdict(list)
-        groups[f"waits in {self._place}"].append(self.rank)
+        groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
+        groups[True, self._place].append(self.rank)
         for rank, answer in answers.items():
-            groups[("waits in " if answer["collective"] else "is in ") + answer["place"]].append(rank)
-        lines = [f"{_ranks(who)} {what}" for what, who in sorted(groups.items(), key=lambda item: item[1])]
+            groups[bool(answer["collective"]), answer["place"]].append(rank)
+        lines = [
+            f"{_ranks(who)} {('waits' if len(who) == 1 else 'wait') if waits else ('is' if len(who) == 1 else 'are')} in {place}"
+            for (waits, place), who in sorted(groups.items(), key=lambda item: item[1])
+        ]
         calls = {rank: answer["calls"] for rank, answer in answers.items()} | {self.rank: list(self._calls)}
         head, tail = (
             "trainer.timeout_minutes is over, and the ranks wait for each other:",

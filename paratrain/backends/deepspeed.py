@@ -56,7 +56,7 @@ def check(cfg: Config, device: torch.device) -> None:
         return
     if cfg.precision.name == "16-mixed":
         raise UserError(
-            f"precision=fp16 with strategy={name} on a CPU: DeepSpeed refuses it ('Type fp16 is not supported on your device.'); "
+            f"precision=fp16 with strategy={name} on a CPU: DeepSpeed refuses it on most ('Type fp16 is not supported on your device.'); "
             "write precision=bf16, or strategy=zero" + name[-1]
         )
     for key, what in (("quantized_weights", "quantization kernels"), ("quantized_gradients", "quantization kernels")):
