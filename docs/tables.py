@@ -137,6 +137,20 @@ def gpu() -> str:
     return "\n".join(lines or ["No GPU yet: `make gpu` on a machine that has one fills this table.", ""])
 
 
+def faults() -> str:
+    """How each kind of random fault ended, and what was said of the first one."""
+    result = json.loads((RESULTS / "faults.json").read_text())
+    good, body = ("survived", "stopped"), []
+    for kind, row in result["rows"].items():
+        counts = [row["ends"].get(end, 0) for end in good]
+        every = sum(row["ends"].values())
+        body.append([kind, *map(str, (every, *counts, every - sum(counts))), row["said"].replace("|", "\\|").replace("\n", " ")])
+    total = [str(sum(int(cells[column]) for cells in body)) for column in range(1, 5)]
+    head = ["fault", "times", "survived, bit-equal", "stopped by name", "lost or wrong", "what was said of the first"]
+    table = _table(head, [*body, ["**all**", *total, ""]], right=False)
+    return f"{table}\n\n[`tests/chaos/five_hundred.py`](tests/chaos/five_hundred.py), {result['note']}, on {result['machine']}.\n"
+
+
 def choices() -> str:
     """The choices of the groups that one overrides first."""
     aliases = {"64-true", "32-true", "bf16-mixed", "bf16-true", "16-mixed"}
@@ -178,14 +192,17 @@ def _mfu(row: dict) -> str:
     return f"{row['mfu']:.1%} ({row['mfu_causal']:.1%})" if "mfu" in row else "no peak known"
 
 
-OTHERS: dict[str, Callable[[], str]] = {"gpu": gpu, "choices": choices, "pages": pages}
+OTHERS: dict[str, Callable[[], str]] = {"gpu": gpu, "faults": faults, "choices": choices, "pages": pages}
 
 
 def rewritten(page: Path) -> str:
     """A page with every marked table as it is measured."""
     link = "](" if page.parent == ROOT else "](../"
     return MARKED.sub(
-        lambda match: f"{match[1]}{render(match[2]).replace('](benchmarks/', f'{link}benchmarks/')}{match[3]}", page.read_text()
+        lambda match: (
+            f"{match[1]}{render(match[2]).replace('](benchmarks/', f'{link}benchmarks/').replace('](tests/', f'{link}tests/')}{match[3]}"
+        ),
+        page.read_text(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -137,6 +138,38 @@ class Shards(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return torch.load(self.directory / f"shard-{index}.pt"), torch.ones(1)
+
+
+@pytest.mark.parametrize("jump", [86_400, -86_400], ids=["forward", "back"])
+def test_a_clock_that_jumps_by_a_day_is_not_seen(tmp_path, monkeypatch, jump, caplog):
+    real, jumped = time.time, []
+
+    class Jump(pt.Callback):
+        def on_step_end(self, trainer, result):
+            if trainer.engine.global_step == 3:
+                jumped.append(jump)
+
+    def fit(name, *callbacks):
+        cfg = pt.load_config([
+            "trainer.max_steps=6", "trainer.max_time=1h", "trainer.step_timeout=10min", "checkpoint.every=2", "checkpoint.keep=2", "data.global_batch=4",
+            "trainer.device=cpu", f"output_dir={tmp_path / name}", "logger.sinks=[jsonl]", "trainer.prove=off", "trainer.log_every=1",
+        ])  # fmt: skip
+        data = [(torch.full((3,), float(i)), torch.ones(1)) for i in range(8)]
+        trainer = pt.Trainer(cfg, lambda: nn.Linear(3, 1), nn.functional.mse_loss, data, callbacks=list(callbacks))
+        trainer.fit()
+        return trainer.engine.full_state_dict()
+
+    expected = fit("undisturbed")
+    monkeypatch.setattr(time, "time", lambda: real() + sum(jumped))
+    found = fit("hurt", Jump())
+    assert jumped == [jump]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sorted(path.name for path in (tmp_path / "hurt" / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    rows = [json.loads(line) for line in (tmp_path / "hurt" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < row["time/step"] < 600 and 0 <= row["goodput/ratio"] <= 1 for row in rows)
+    seconds = json.loads((tmp_path / "hurt" / "goodput.json").read_text())["seconds"]
+    assert all(0 <= value < 600 for value in seconds.values()), seconds
 
 
 def test_a_shard_that_vanishes_is_named_and_back_again_training_ends_bit_equal(tmp_path):

@@ -291,8 +291,8 @@ def one(kind: str, start: Path, place: Path, expected: dict[str, torch.Tensor], 
     return ended
 
 
-def main(count: int = 500, seed: int = 0, tell: Callable[[str], None] = lambda line: None) -> dict[str, Counter[str]]:
-    """Do `count` faults, of each kind in proportion; returns kind -> how they ended, and tells a row a kind, with an example of what was said."""
+def main(count: int = 500, seed: int = 0, tell: Callable[[str, Counter[str], str], None] = lambda *_: None) -> dict[str, Counter[str]]:
+    """Do `count` faults, of each kind in proportion; returns kind -> how they ended, and tells of a kind how its faults ended and what was said of the first that was spoken of."""
     logger, said, chance = logging.getLogger("paratrain"), Said(), random.Random(seed)
     logger.addHandler(said)
     logger.propagate, propagated = False, logger.propagate
@@ -313,9 +313,9 @@ def main(count: int = 500, seed: int = 0, tell: Callable[[str], None] = lambda l
                     except Exception as error:
                         ended = f"{type(error).__name__}: {str(error)[:200]} ({number})"
                     table[kind][ended] += 1
-                    example = example or " / ".join(said.lines).replace(str(place), "")
+                    example = example or " / ".join(said.lines).replace(str(place / "run"), "")
                     shutil.rmtree(place)
-                tell(f"{_row(kind, table[kind])} {example}")
+                tell(kind, table[kind], example)
     finally:
         logger.removeHandler(said)
         logger.propagate = propagated
@@ -339,8 +339,13 @@ def _row(kind: str, ends: Counter[str]) -> str:
 if __name__ == "__main__":
     from benchmarks import report
 
-    began = time.monotonic()
-    found = main(*map(int, sys.argv[1:]), tell=lambda line: print(line, flush=True))
+    began, rows = time.monotonic(), {}
+
+    def tell(kind: str, ends: Counter[str], said: str) -> None:
+        rows[kind] = {"ends": dict(ends), "said": said}
+        print(_row(kind, ends), said, flush=True)
+
+    found = main(*map(int, sys.argv[1:]), tell=tell)
     print(shown(found, time.monotonic() - began))
     bad = {kind: {end: n for end, n in ends.items() if end not in ("survived", "stopped")} for kind, ends in found.items()}
     print({kind: ends for kind, ends in bad.items() if ends} or "nothing was lost")

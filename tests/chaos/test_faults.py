@@ -90,6 +90,44 @@ def test_a_restart_loop_gives_up(tmp_path):
     assert attempts(tmp_path)[:3] == [0, 3, 3]
 
 
+APART = """
+import os, sys
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.environ.get("RANK", "0")))
+"""
+UPDATED = """
+import os, pathlib, signal
+import torch.distributed as dist
+from paratrain.callbacks import Callback
+
+class Updated(Callback):
+    def on_step_end(self, trainer, result):
+        if trainer.engine.global_step == 8 and dist.get_rank() == 1 and not (trainer.output_dir / "did").exists():
+            (trainer.output_dir / "did").touch()
+            with open(__file__, "a") as file:
+                file.write("# of tomorrow\\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_restarts_with_another_version_of_the_code(tmp_path, undisturbed):
+    """Each rank has a copy of the user's module, as on hosts of their own; one is changed while it is down. With the old one back the job goes on."""
+    homes, run = tmp_path / "homes", tmp_path / "run"
+    for rank in "01":
+        (homes / rank).mkdir(parents=True)
+        (homes / rank / "own_callback.py").write_text(UPDATED)
+    (homes / "sitecustomize.py").write_text(APART)
+    env = environment()
+    env["PYTHONPATH"] = f"{homes}:{env['PYTHONPATH']}"
+    own = "+callbacks.own._target_=own_callback.Updated"
+    text = train(run, own, restarts=1, code=1, env=env)
+    assert re.search(r"error: .*different versions of the program(.|\n)*rank 1 on \S+: own_callback \w+ and not \w+", text)
+    assert logged(run)[-1] in (7, 8)
+    (homes / "1" / "own_callback.py").write_text(UPDATED)
+    train(run, own, env=env)
+    same(run, undisturbed())
+
+
 @pytest.mark.slow
 def test_workers_die_with_their_launcher(tmp_path):
     process = start(tmp_path, "+callbacks.slow._target_=injected.Slow", "+callbacks.slow.seconds=1")
