@@ -69,3 +69,22 @@ def test_a_collective_of_ones_own_that_breaks_is_explained_at_the_end(tmp_path):
     assert re.search(
         r"error: rank 1 \(process \d+ on \S+\) has ended.*Seen by rank 0, which was in .*program.py:\d+", text.splitlines()[-1]
     ), text
+
+
+def test_a_rank_that_is_to_end_tells_of_its_own_error_first():
+    code = """
+import os, signal, time
+from paratrain.faults import signals
+try:
+    with signals.listening(signals.Asked()):
+        raise RuntimeError
+except RuntimeError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print("told", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stdout, done.returncode) == ("told\n", -signal.SIGTERM), done.stderr

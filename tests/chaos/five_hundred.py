@@ -313,7 +313,7 @@ def main(count: int = 500, seed: int = 0, tell: Callable[[str, Counter[str], str
                     except Exception as error:
                         ended = f"{type(error).__name__}: {str(error)[:200]} ({number})"
                     table[kind][ended] += 1
-                    example = example or " / ".join(said.lines).replace(str(place / "run"), "")
+                    example = example or " / ".join(said.lines).replace(f"{place}/", "")
                     shutil.rmtree(place)
                 tell(kind, table[kind], example)
     finally:
