@@ -53,7 +53,7 @@ def start(
         )
 
 
-def finish(process: subprocess.Popen, directory: Path, code: int | None = 0, seconds: float = 150.0) -> str:
+def finish(process: subprocess.Popen, directory: Path, code: int | None = 0, seconds: float = 400.0) -> str:
     try:
         ended = process.wait(seconds)
     finally:
@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen, directory: Path, code: int | None = 0, sec
     return text
 
 
-def train(directory: Path, *overrides: str, code: int | None = 0, seconds: float = 150.0, **options) -> str:
+def train(directory: Path, *overrides: str, code: int | None = 0, seconds: float = 400.0, **options) -> str:
     return finish(start(directory, *overrides, **options), directory, code, seconds)
 
 

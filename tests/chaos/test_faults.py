@@ -16,6 +16,8 @@ from jobs import STEPS, TINY, attempts, environment, fault, finish, free_port, l
 
 from paratrain import checkpoint
 
+pytestmark = pytest.mark.timeout(900)  # of several jobs with restarts, on a machine that does other work
+
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed):
     text = train(tmp_path, *fault("sigkill", 8, on=1))
