@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paratrain import config
+from paratrain import config, notes
 from paratrain.errors import UserError
 from paratrain.redact import mentioned
 
@@ -115,6 +115,7 @@ def run(task: Callable[[config.Config], Any], cfg: config.Config, store: Store |
         except UserError as error:
             cause = _agreed(error)
             _print_once(f"error: {error}", cause.text if cause else str(error), store)
+            notes.for_launcher(mentioned(str(error)))
             sys.exit(MISTAKE)
         except Exception as error:
             _agreed(error)

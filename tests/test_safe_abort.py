@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from paratrain import notes
+
 PROGRAM = """
 import os, signal, sys, torch
 import torch.distributed as dist
@@ -88,3 +90,15 @@ time.sleep(60)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=50, check=False)
     assert (done.stdout, done.returncode) == ("told\n", -signal.SIGTERM), done.stderr
+
+
+def test_the_last_that_torchrun_prints_is_why(tmp_path, monkeypatch):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "error.json"
+    notes.for_launcher("nobody reads it")  # without a launcher
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    notes.for_launcher("the loss is nan\nat step 3")
+    report = str(ChildFailedError("train", {0: ProcessFailure(0, 1, 2, str(path))}))
+    assert re.search(r"exitcode  : 2 .*traceback : the loss is nan\n\s+at step 3", report, re.DOTALL)
+    assert list(tmp_path.iterdir()) == [path]

@@ -74,10 +74,15 @@ def _start(task: Callable[[config.Config], Any], config_path: str | None, config
         if rank > 0:
             assert store is not None
             told = job.receive(store)
-            return sys.exit(told) if isinstance(told, int) else job.follow(task, told, store)
+            if isinstance(told, int):
+                if told:
+                    notes.for_launcher("rank 0 ended before the job began; its error is above")
+                return sys.exit(told)
+            return job.follow(task, told, store)
         return _lead(task, config_path, config_name, store)
     except UserError as error:
         print(f"error: {mentioned(str(error))}", file=sys.stderr, flush=True)
+        notes.for_launcher(mentioned(str(error)))
         return sys.exit(job.MISTAKE)
 
 

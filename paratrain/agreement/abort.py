@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from paratrain import compat
+from paratrain import compat, notes
 
 if TYPE_CHECKING:
     from paratrain.agreement import Agreement
@@ -31,7 +31,9 @@ def explain(agreement: Agreement) -> Callable[[], None]:
         failure, known = agreement.broken(what)
         if known:
             time.sleep(_FIRST)
-        print(f"error: {failure.error()}\n({what})", file=sys.stderr, flush=True)
+        text = f"{failure.error()}\n({what})"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        notes.for_launcher(text)
         os._exit(_MISTAKE if failure.user else 1)
 
     return compat.on_terminate(ends)

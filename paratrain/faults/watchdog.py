@@ -92,6 +92,7 @@ class Watchdog:
             text += "".join(f"\n  {line}" for line in others)
         log.error(text)
         print(f"error: {text}", file=sys.stderr, flush=True)
+        notes.for_launcher(text)
         time.sleep(_GRACE)
         self._leave(HUNG)
 
