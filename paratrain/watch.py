@@ -49,13 +49,10 @@ class Changes:
         self._held = [dict(table) for table in self._tables]
         held = [(table, name, value) for table in self._tables for name, value in table.items() if isinstance(value, torch.Tensor)]
         self._single = [(table, name, value) for table, name, value in held if value.numel() == 1]
-        firsts = {id(table): value for table, _, value in reversed(held) if value.is_floating_point()}
-        self._firsts = list(firsts.values())  # what changes the dtype of a module changes that of its first weight
         self._named = dict(model.named_parameters(remove_duplicate=False))
         self._modules = set(model.modules())
         self._params = list(dict.fromkeys(self._named.values()))
         self._marks, self._dtypes = self._marked(), list(map(_dtype, self._params))
-        self._first_dtypes = list(map(_dtype, self._firsts))
         self._groups = self._grouped()
         self._hooks_made = -1
 
@@ -90,7 +87,7 @@ class Changes:
             self._engine._layout.settle()  # a forward without a backward may have left gathered weights
             if self._rebuilt():
                 self._follow_modules()
-        if self._marked() != self._marks or list(map(_dtype, self._firsts)) != self._first_dtypes:
+        if self._marked() != self._marks or list(map(_dtype, self._params)) != self._dtypes:
             self._follow_marks()
         if self._grouped() != self._groups:
             self._follow_groups()

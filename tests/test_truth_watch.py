@@ -82,3 +82,28 @@ def test_hooks_freezing_and_dtypes(steps):
     engine.model.out.bfloat16()
     with pytest.raises(UserError, match=r"out.weight is bfloat16 since the last step"):
         engine.train_step(BATCH)
+
+
+def the_bias_alone(model):
+    model.out.bias.data = model.out.bias.data.float()
+
+
+def a_module_within(model):
+    model.out.half()
+
+
+def an_entry_of_the_table(model):
+    model._parameters["scale"].data = model.scale.data.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [the_bias_alone, a_module_within, an_entry_of_the_table])
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_a_weight_of_another_dtype_is_named_whichever_of_its_module_it_is(change, own_loop):
+    engine = pt.setup(Scaled, square, configured(("strategy=single", "optimizer=sgd")))
+    engine.train_step(BATCH)
+    change(engine.model)
+    with pytest.raises(UserError, match=r"is (float32|float16|bfloat16) since the last step and was float64.*write precision="):
+        if own_loop:
+            engine(BATCH[0])
+        else:
+            engine.train_step(BATCH)
