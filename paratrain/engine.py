@@ -267,7 +267,7 @@ class Engine:
 
     # ------------------------------------------------------------------ steps in the user's hands
 
-    @agreed("engine()", wait=False, together=False)
+    @agreed("engine()", wait=False, together=lambda engine: engine.needs_all, rare=lambda engine: not torch.is_grad_enabled())
     @_at_work
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward for a loop of your own, under this precision; follow it with `backward`, then `step`."""
@@ -608,7 +608,10 @@ class Engine:
             if joint or self._watch is not None:  # where ranks meet in the loss, they wait for this one
                 loss, joint = self._proof.of_nothing(self._loss_fn, outputs, targets, self._watch)
             self._losses.add_nothing()
-            return _weightless(outputs) + (_weightless(loss) if joint else 0.0), 0, True
+            total = _weightless(outputs) + (_weightless(loss) if joint else 0.0)
+            if torch.is_grad_enabled() and not total.requires_grad:  # outputs that are no tensors, as functions: the loss hangs on weights
+                total = _weightless(self._loss_fn(outputs, targets))
+            return total, 0, True
         loss = self._loss_fn(outputs, targets)
         if self._watch is not None:
             self._watch.after()

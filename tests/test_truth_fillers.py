@@ -114,3 +114,24 @@ def test_shares_that_forward_takes_for_equal():
 def test_fillers_in_every_layout():
     assert_exact(Centred, rows((2, 9, 1, 2)), square, "z1", "fsdp", "rc", ranks=3)
     assert_exact(InTheGraph, rows((2, 9, 1, 2)), square, "ddp", "fsdp", ranks=3)
+
+
+class Later(nn.Module):
+    """Its output is a function, whose weights nothing but the loss uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return lambda shift: self.net(x + shift)
+
+
+def of_a_function(out, target):
+    return ((out(0.5) - target) ** 2).sum(), len(target)
+
+
+def test_outputs_that_are_functions_of_a_filler_sample():
+    batches = rows(sizes=(8, 2, 8))
+    assert_exact(Later, batches, of_a_function, "z1m", ranks=3)
+    assert_exact(Later, batches, of_a_function, "fsdp", ranks=3)

@@ -441,6 +441,11 @@ class Agreement:
                 threading.Thread(target=channel.ask, args=(list(self.peers.values()), message, _ANSWER), daemon=True).start()
 
     @property
+    def last(self) -> str:
+        """What was noted last."""
+        return self._calls[-1][2] if self._calls else ""
+
+    @property
     def between_calls(self) -> bool:
         """Whether the program runs, or a callback of it, and no call of the engine."""
         return not self.doing or self.doing == [FIT]
@@ -551,6 +556,14 @@ def note_forward(module: torch.nn.Module, args: Any = ()) -> None:
             agreement.note(where.FORWARD, *where.caller(sys._getframe(1)), together=True, rare=True)
 
 
+def note_reading(weight: DTensor) -> None:
+    """The program asks for the whole of a split weight, which its ranks must do together; noted once for several of them on end."""
+    if _MADE and _held_by_all(weight):
+        agreement = _MADE[0][1]
+        if agreement.peers and agreement.between_calls and agreement.last != where.WHOLE:
+            agreement.note(where.WHOLE, *where.caller(sys._getframe(1)), together=True, rare=True)
+
+
 def tell(error: BaseException) -> None:
     """Before this process ends by `error`: see `Agreement.tell`."""
     if _MADE:
@@ -612,7 +625,7 @@ def during(doing: str, patience: float) -> Iterator[None]:
 
 
 def agreed(
-    doing: str, wait: bool = True, together: bool | Callable[[Any], bool] = True, rare: bool = True
+    doing: str, wait: bool = True, together: bool | Callable[[Any], bool] = True, rare: bool | Callable[[Any], bool] = True
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
     """Make a method of an engine (or of what has one as `agreement`) a call that all ranks end the same way.
 
@@ -628,7 +641,9 @@ def agreed(
             agreement: Agreement = self.agreement
             if not agreement.between_calls:  # the one that runs ends as this one does
                 return method(self, *args, **kwargs)
-            agreement.enter(doing, together if isinstance(together, bool) else together(self), rare)
+            agreement.enter(
+                doing, together if isinstance(together, bool) else together(self), rare if isinstance(rare, bool) else rare(self)
+            )
             try:
                 result = method(self, *args, **kwargs)
             except BaseException as error:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 FORWARD = "the forward of the engine's model"
+WHOLE = "for the whole of a split weight"
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__))) + os.sep
@@ -98,6 +99,15 @@ def caller(frame: FrameType | None) -> tuple[str, int]:
             break
         frame = frame.f_back
     return file, line
+
+
+def asks(frame: FrameType | None) -> str | None:
+    """The line of the program that calls what runs in `frame`, at once or through another library; None where this one does."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
+        if _is_users(frame):
+            return shown(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    return None
 
 
 def _entry(stack: list[tuple[FrameType, int]], models: Sequence[Any]) -> int | None:

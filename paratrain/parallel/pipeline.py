@@ -75,7 +75,7 @@ def cut(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, cf
     if distributed.rank() == 0:
         log.info("%s", _text(planned, units, firsts, cfg))
     ready.swap(name for name, param in model.named_parameters(remove_duplicate=False) if _is_stray(name, units, ready, holders, planned))
-    ready.dropped = drop(model, {name for name, ranks in holders.items() if mine not in ranks}, device)
+    drop(ready, {name for name, ranks in holders.items() if mine not in ranks}, device)
     held = [unit for index, unit in enumerate(units) if planned.rank_of[ready.stage(index)] == mine]
     return Cut(ready, planned, holders, state, held)
 

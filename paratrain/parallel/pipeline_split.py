@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +29,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from paratrain import rng
+from paratrain import distributed, rng
+from paratrain.agreement import where
 from paratrain.compat import no_reentrant_checkpoints
 from paratrain.copies import held
 from paratrain.distributed import seed_for
@@ -37,6 +40,8 @@ from paratrain.parallel.pipeline_ghost import Ghost, ghost
 from paratrain.parallel.pipeline_trace import MODULE, Left, Route, Slot, Trace, Watch, arguments, buffers_kept, in_order
 from paratrain.parallel.pipeline_twin import Twin
 from paratrain.parallel.tp_split import plain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Stages:
     loose: dict[nn.Module, nn.Module] = field(default_factory=dict)  # modules with weights outside the blocks -> their twins
     swaps: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)  # weights of modules that contain blocks
     dropped: list[tuple[nn.Module, str, Ghost]] = field(default_factory=list)
+    told: bool = False  # the program has asked for the parameters, and was told that these are not all
     holds: Callable[[str, int], bool] | None = None
     read: Any = None
     routes: dict[Any, Route] = field(default_factory=dict)
@@ -103,14 +109,32 @@ class Stages:
     @contextmanager
     def whole_lists(self) -> Iterator[None]:
         """Let `parameters()` of every module name the weights of other stages too, as ghosts: what sums over all needs all."""
+        told, self.told = self.told, True
         for module, key, empty in self.dropped:
             module._parameters[key], empty.travels = empty, True  # type: ignore[assignment]
         try:
             yield
         finally:
+            self.told = told
             for module, key, empty in self.dropped:
                 empty.travels = False
                 del module._parameters[key]
+
+    def tell(self) -> None:
+        """Say once that `parameters()` has not all weights, where it is the program that asks between steps."""
+        if self.told or self.visit is not None or (place := where.asks(sys._getframe(2))) is None:
+            return
+        self.told = True
+        if distributed.rank() == 0:
+            held = sum(1 for _ in self.model.parameters())
+            log.warning(
+                "parallel.pp: parameters() at %s gives the %d weights of this rank's stages, and not the %d that other ranks hold: what changes, freezes or watches "
+                "each weight by itself is right so, and what is made of all of them (an average that is kept, a norm, a checkpoint) is not; write "
+                "ema={decay: 0.999} and engine.ema_state_dict() for a moving average, engine.full_state_dict(), which every rank must call, for the rest",
+                place,
+                held,
+                len(self.dropped),
+            )
 
     def refresh(self) -> None:
         """Let the twin see the buffers as they are now; layouts replace them."""
@@ -475,12 +499,9 @@ def split(model: nn.Module, names: list[str], firsts: list[int], device: torch.d
     return cut
 
 
-def drop(model: nn.Module, names: set[str], device: torch.device) -> list[tuple[nn.Module, str, Ghost]]:
-    """Put ghosts in the places of the named weights, with the buffers of their modules: another stage holds them.
-
-    Returns: (module, name in it, ghost) of each weight.
-    """
-    dropped = []
+def drop(cut: Stages, names: set[str], device: torch.device) -> None:
+    """Put ghosts in the places of the named weights, with the buffers of their modules: another stage holds them."""
+    model, dropped = cut.model, cut.dropped
     for path, module in model.named_modules():
         mine = [key for key in module._parameters if (f"{path}.{key}" if path else key) in names]
         for key in mine:
@@ -495,7 +516,10 @@ def drop(model: nn.Module, names: set[str], device: torch.device) -> list[tuple[
                 buffer = module._buffers.pop(key)
                 assert buffer is not None
                 module.__dict__[key] = ghost(buffer, device, f"{path}.{key}" if path else key)
-    return dropped
+    without = {id(module) for module, _, _ in dropped}
+    for module in list(model.modules()):
+        if module._modules and not isinstance(module, torch.jit.ScriptModule) and any(id(inner) in without for inner in module.modules()):
+            _stage_class(module, _Partly, cut)
 
 
 def _refuse_alias(path: str, module: nn.Module, key: str, param: nn.Parameter) -> None:
@@ -549,6 +573,20 @@ class _Loose(nn.Module):
         if visit is None:
             return super().__call__(*args, **kwargs)
         return visit.module(self, super().__call__, args, kwargs)
+
+
+class _Partly(nn.Module):
+    """A module of whose weights this rank holds some, which are all that is in its lists of parameters."""
+
+    _split: Stages
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        self._split.tell()
+        return super().parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._split.tell()
+        return super().named_parameters(*args, **kwargs)
 
 
 class _Root(nn.Module):

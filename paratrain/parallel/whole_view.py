@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from paratrain import gradients
+from paratrain import agreement, gradients
 from paratrain.compat import plain_functions
 from paratrain.errors import UserError
 from paratrain.optim.matrix import part
@@ -398,6 +398,8 @@ def _plain(value: Any) -> Tensor:
 def _gather(tensor: Any) -> Tensor:
     """The whole of it, in the user's order, in memory of its own."""
     local, natural = tensor._local_tensor, _source(tensor).natural
+    if not _source(tensor).views.at_work:
+        agreement.note_reading(tensor)
     whole = gradients.whole(_dtensor(tensor, local.detach()))
     if natural is not None:
         dim, order = natural
