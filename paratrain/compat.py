@@ -399,6 +399,16 @@ def make_root(module: Any) -> None:
     module._get_fsdp_state()._lazy_init()
 
 
+def end_forward(module: Any) -> None:
+    """Let a `fully_shard` module know that its forward is over, which one that ended by an exception has not told it."""
+    state = module._get_fsdp_state()
+    for each in (state, *_param_groups(module)):
+        if each._training_state.name == "FORWARD":
+            each._training_state = type(each._training_state).IDLE
+    if hasattr(state, "_state_ctx"):  # there is none before the first forward
+        state._state_ctx.iter_forward_root = None
+
+
 def wait_for_reductions(module: Any) -> None:
     """End the backward of the root `module`, when its groups have been finished by hand."""
     module._get_fsdp_state()._root_post_backward_final_callback()

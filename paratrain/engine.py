@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from paratrain import agreement, bags, deal, gradients, own_loop, rng
+from paratrain import agreement, bags, deal, gradients, own_loop, rng, sample_proof
 from paratrain import batch as batches
 from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
@@ -29,7 +29,7 @@ from paratrain.fillers import Fillers
 from paratrain.forward_state import ForwardState
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count, is_a_sum, named
-from paratrain.loss_proof import LossProof, Watch
+from paratrain.loss_proof import LossProof, Watch, everywhere
 from paratrain.mesh import Mesh
 from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
@@ -131,8 +131,8 @@ class Engine:
         self._looked = 0  # steps in which the calls of forward were looked at
         over_data = partial(self._totals.over_ranks, over=mesh.weights)
         self._losses = NamedLosses(cfg.trainer.loss_weights or {}, self._totals.scalar, over_data)
-        kept = loss_fn, self.model
-        self._proof = LossProof(self._pairs, self._evaluated, kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
+        self._kept = loss_fn, self.model
+        self._proof = LossProof(self._pairs, self._evaluated, self._kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
         self._watch: Watch | None = None  # of a step in which the loss is looked at
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -643,9 +643,22 @@ class Engine:
 
     def _conclude(self) -> None:
         """Refuse, on every rank, a loss that this step has shown to be another one under this layout."""
-        if self._watch is not None:
-            watch, self._watch = self._watch, None
-            watch.conclude()
+        if self._watch is None:
+            return
+        watch, self._watch = self._watch, None
+        watch.conclude()
+        if watch.first and not self._foreign and self._layout.context is None and self.cfg.compile is False:
+            with self._layout.unordered():
+                self._refuse_mixed(*watch.samples())
+
+    def _refuse_mixed(self, inputs: Any, real: int) -> None:
+        asked = [f"{self._data_ranks} data ranks"] if self._data_ranks > 1 else []
+        asked += [f"data.micro_batch_size={self.micro_batch_size}"] if self.micro_batch_size is not None else []
+        asked += [f"parallel.pp={self.cfg.parallel.pp}"] if self._layout.pipeline is not None else []
+        rough = self.cfg.precision.name not in ("64-true", "32-true")
+        sample_proof.refuse_mixed(
+            inputs, real, self._evaluated, self._kept, everywhere, self._data_rank, self._data_ranks, " and ".join(asked), rough
+        )
 
     def _peers(self) -> list[dist.ProcessGroup]:
         """Those with whom this rank computes one output."""

@@ -79,7 +79,7 @@ class Fillers:
         first, again = self._tried(here, training), self._tried(here, training)
         if first is None or again is None:
             return False
-        for change in (_changed, _twice):  # of one shape first, which collectives may rely on
+        for change in (changed, _twice):  # of one shape first, which collectives may rely on
             there = batches.map_tensors(change, here)
             if self._tried(there, training) is None:  # on every rank: those that have samples cannot wait for one that fails
                 continue
@@ -141,7 +141,7 @@ def _of_nothing(share: LocalBatch) -> tuple[Any, Any]:
     return deal.Cut(0, 0, 1, share.form).pair(share.inputs, share.targets)
 
 
-def _changed(x: torch.Tensor) -> torch.Tensor:
+def changed(x: torch.Tensor) -> torch.Tensor:
     """Another sample as good as the first: in reverse, and of smaller numbers where they are no indices."""
     x = x.flip(tuple(range(1, x.dim()))) if x.dim() > 1 else x
     return x * 0.5 if x.dim() and x.is_floating_point() else x

@@ -100,6 +100,7 @@ def apply(planned: materialise.Plan, mesh: Mesh, cfg: Config, device: torch.devi
     model, ranks = planned.model, mesh.weights.size()
     _refuse_sparse_gradients(model)
     _refuse_weights_that_forward_changes(model, mesh)
+    _refuse_gradients_by_frequency(model, mesh, cfg)
     _refuse_to_split_compiled(model, mesh, cfg)
     batch_norm.refuse_parts(model, mesh, cfg)
     units = blocks.find(model, cfg.memory.blocks)
@@ -208,6 +209,17 @@ def _refuse_weights_that_forward_changes(model: nn.Module, mesh: Mesh) -> None:
         raise UserError(
             f"model: {changing[0]} rescales its weights in forward (max_norm), on each rank the rows of that rank's samples, so the ranks would "
             "train different weights; build it with max_norm=None, or train with one process"
+        )
+
+
+def _refuse_gradients_by_frequency(model: nn.Module, mesh: Mesh, cfg: Config) -> None:
+    scaled = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+    ]
+    if scaled and (mesh.loss.size() > 1 or cfg.parallel.pp > 1 or cfg.data.micro_batch_size is not None):
+        raise UserError(
+            f"model: {scaled[0]} divides gradients by how often a row is in the batch (scale_grad_by_freq), which each rank counts in its own micro-batches; build it "
+            "with scale_grad_by_freq=False, or train with one process and data.micro_batch_size=null"
         )
 
 

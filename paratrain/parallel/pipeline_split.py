@@ -510,6 +510,7 @@ def drop(cut: Stages, names: set[str], device: torch.device) -> None:
             _refuse_alias(path, module, key, param)
             empty = module.__dict__[key] = ghost(param, device, f"{path}.{key}" if path else key)
             empty.travels = False
+            empty._is_param = True  # isinstance(ghost, nn.Parameter) holds, as of the weight, wherever a program assigns or looks for it
             dropped.append((module, key, empty))
         if mine and not any(param is not None for param in module._parameters.values()):
             for key in [key for key, buffer in module._buffers.items() if buffer is not None]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from paratrain import gradients
 from paratrain.batch import map_tensors, tensors
-from paratrain.compat import gather_before_backward, is_view, make_root, track_gradients, without_communication
+from paratrain.compat import end_forward, gather_before_backward, is_view, make_root, track_gradients, without_communication
 from paratrain.config import Config, Sharded
 from paratrain.errors import UserError
 from paratrain.mesh import Mesh
@@ -138,6 +138,7 @@ class ShardedModel:
         """Free gathered weights that a forward without a backward has left, so that the model is its shards again."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
+                end_forward(module)
                 module.reshard()
 
     def reduce(self, params: Sequence[torch.Tensor]) -> None:
