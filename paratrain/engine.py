@@ -134,6 +134,7 @@ class Engine:
         self._kept = loss_fn, self.model
         self._proof = LossProof(self._pairs, self._evaluated, self._kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
         self._watch: Watch | None = None  # of a step in which the loss is looked at
+        self._samples: tuple[Any, int] | None = None  # of which forward is to be asked whether they depend on each other
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
@@ -208,10 +209,12 @@ class Engine:
                 self._train_stages(pipeline, micro)
                 self._conclude()
                 self._moved.end(partial(self._again_stages, pipeline, micro[:1]))
+                self._refuse_mixed()
                 return self.step()
             if self._in_backward is not None:
                 self._update_in_backward(self._in_backward, micro)
                 self._conclude()
+                self._refuse_mixed()
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank)
@@ -221,6 +224,7 @@ class Engine:
                 self._moved.after(number, real)
             self._conclude()
             self._moved.end(None if self._foreign else partial(self._again, *micro[0]))
+            self._refuse_mixed()
         return self.step()
 
     @agreed("engine.eval_step()")
@@ -648,17 +652,21 @@ class Engine:
         watch, self._watch = self._watch, None
         watch.conclude()
         if watch.first and not self._foreign and self._layout.context is None and self.cfg.compile is False:
-            with self._layout.unordered():
-                self._refuse_mixed(*watch.samples())
+            self._samples = watch.samples()
 
-    def _refuse_mixed(self, inputs: Any, real: int) -> None:
+    def _refuse_mixed(self) -> None:
+        """Refuse, on every rank, a forward of which the first step shows that it mixes samples; once what it moves is as it was."""
+        if self._samples is None:
+            return
+        (inputs, real), self._samples = self._samples, None
         asked = [f"{self._data_ranks} data ranks"] if self._data_ranks > 1 else []
         asked += [f"data.micro_batch_size={self.micro_batch_size}"] if self.micro_batch_size is not None else []
         asked += [f"parallel.pp={self.cfg.parallel.pp}"] if self._layout.pipeline is not None else []
         rough = self.cfg.precision.name not in ("64-true", "32-true")
-        sample_proof.refuse_mixed(
-            inputs, real, self._evaluated, self._kept, everywhere, self._data_rank, self._data_ranks, " and ".join(asked), rough
-        )
+        with self._layout.unordered():
+            sample_proof.refuse_mixed(
+                inputs, real, self._evaluated, self._kept, everywhere, self._data_rank, self._data_ranks, " and ".join(asked), rough
+            )
 
     def _peers(self) -> list[dist.ProcessGroup]:
         """Those with whom this rank computes one output."""
