@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from paratrain import batch as batches
 from paratrain import deal, rng
 from paratrain.errors import UserError
 from paratrain.fillers import changed
+from paratrain.parallel.batch_norm import training_call
 from paratrain.unchanged import unchanged
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -52,12 +54,13 @@ def refuse_mixed(
     part = deal.Cut(0, max(held // 2, 1), held)(inputs)
 
     def tried(several: Sequence[Any]) -> list[Any]:
-        with unchanged(*kept):
+        with unchanged(*kept), _Statistics() as taken:
             rng.seed_all(0)
             try:
-                return run(several)
+                found = run(several)
             except Exception:  # not written for fewer samples, or for evaluation: nothing can be said
                 return []
+        return [] if taken.any else found
 
     found = tried([inputs, part, inputs])
     off = max(everywhere(_changed_by(found, held, rough) if len(found) == 3 and real > 1 else 0.0))
@@ -74,6 +77,16 @@ def refuse_mixed(
         "batches are made (the data), take what is of all samples over the ranks (torch.distributed.nn.functional.all_reduce), or train with one process and "
         "data.micro_batch_size=null; trainer.loss_check=false accepts it"
     )
+
+
+class _Statistics(TorchFunctionMode):
+    """Notices a BatchNorm that takes the statistics of a batch in evaluation, too; in training they are synchronised, or refused, or accepted."""
+
+    any = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.any = self.any or training_call(func, args, kwargs or {}) is not None
+        return func(*args, **(kwargs or {}))
 
 
 def _changed_by(found: Sequence[Any], held: int, rough: bool) -> float:

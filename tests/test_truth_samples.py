@@ -91,6 +91,26 @@ def test_what_ranks_compute_together_is_theirs():
     assert_exact(OverRanks, rows((8, 8, 7)), square, "ddp", "fsdp")
 
 
+class Moves(Net):
+    """Its blocks leave an average of the samples in a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = torch.zeros(8, dtype=torch.float64)
+
+    def forward(self, x):
+        h = self.inner(x)
+        for block in self.blocks:
+            h = block(h)
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * h.detach().mean(0)
+        return self.out(h - self.average)
+
+
+def test_what_stages_leave_in_the_model_is_told_first():
+    assert_refused(Moves, rows((8, 8)), square, "pp", says="forward moves average by the samples that it sees")
+
+
 @pytest.mark.slow
 def test_ranks_of_tensor_parallelism_have_all_samples():
     assert_exact(Mixed, rows((8, 8)), square, "tp")
