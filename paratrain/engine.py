@@ -665,7 +665,16 @@ class Engine:
         rough = self.cfg.precision.name not in ("64-true", "32-true")
         with self._layout.unordered():
             sample_proof.refuse_mixed(
-                inputs, real, self._evaluated, self._kept, everywhere, self._data_rank, self._data_ranks, " and ".join(asked), rough
+                inputs,
+                real,
+                self._evaluated,
+                self._kept,
+                everywhere,
+                self._data_rank,
+                self._data_ranks,
+                " and ".join(asked),
+                rough,
+                self._layout.pipeline is not None,
             )
 
     def _peers(self) -> list[dist.ProcessGroup]:

@@ -9,6 +9,7 @@ ranks by itself, and is right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def refuse_mixed(
     ranks: int,
     asked: str,
     rough: bool,
+    in_stages: bool,
 ) -> None:
     """Look at some samples. Every rank must call it.
 
@@ -46,12 +48,15 @@ def refuse_mixed(
         rank: among `ranks`, which hold other samples.
         asked: what of the configuration deals samples out.
         rough: forward computes in half precision.
+        in_stages: a pipeline runs it, where a stage that fails leaves the others waiting: other samples take the place of those left out, since
+            a forward may be written for batches of one size alone.
 
     Raises:
         UserError: on every rank: the outputs of samples depend on each other.
     """
     held = max(real, 1)
-    part = deal.Cut(0, max(held // 2, 1), held)(inputs)
+    half = max(held // 2, 1)
+    part = batches.map_tensors(partial(_others_changed, half, held), inputs) if in_stages else deal.Cut(0, half, held)(inputs)
 
     def tried(several: Sequence[Any]) -> list[Any]:
         with unchanged(*kept), _Statistics() as taken:
@@ -72,11 +77,15 @@ def refuse_mixed(
         if any(everywhere(float(over_ranks))):
             return
     raise UserError(
-        f"model: what forward returns for a sample depends on the other samples of its batch (without half of them it changes by {off:.2g} of the largest "
+        f"model: what forward returns for a sample depends on the other samples of its batch (with other ones in the place of half of them, or without these, it changes by {off:.2g} of the largest "
         f"output), and under {asked} these are not those of the whole batch, so the loss would depend on the layout; compute each sample by itself, mix samples where "
         "batches are made (the data), take what is of all samples over the ranks (torch.distributed.nn.functional.all_reduce), or train with one process and "
         "data.micro_batch_size=null; trainer.loss_check=false accepts it"
     )
+
+
+def _others_changed(half: int, held: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:half], changed(x[half:])]) if x.dim() and len(x) == held and x.layout is torch.strided else x
 
 
 class _Statistics(TorchFunctionMode):
@@ -100,7 +109,7 @@ def _differ(some: Any, others: Any, held: int, rows: int, rough: bool) -> float:
     for a, b in zip(batches.tensors(some), batches.tensors(others), strict=False):
         if not (a.is_floating_point() and a.dim() and a.layout is torch.strided and a.numel() and len(a) == held):
             continue
-        if a.dtype != b.dtype or b.shape != (rows, *a.shape[1:]):
+        if a.dtype != b.dtype or len(b) not in (rows, held) or b.shape[1:] != a.shape[1:]:
             continue
         a, b = (each[:rows].detach().flatten(1) if each.dim() > 1 else each[:rows].detach()[:, None] for each in (a, b))
         size, off = a.abs().amax(), (a - b).abs().amax(1).nan_to_num(nan=torch.inf)

@@ -121,6 +121,22 @@ def test_a_forward_that_fails_on_fewer_samples_leaves_no_trace():
     assert_exact(Drops, rows((8, 7)), square, "ddp")
 
 
+class OfOneSize(Net):
+    """Written for so many samples at a time, in its last stage."""
+
+    def forward(self, x):
+        h = self.inner(x)
+        for block in self.blocks:
+            h = block(h)
+        if len(h) not in (4, 8):  # 8: the plain loop
+            raise ValueError("another number of samples")
+        return self.out(h)
+
+
+def test_a_stage_written_for_one_size_of_batches_keeps_no_other_waiting():
+    assert_exact(OfOneSize, rows((8, 8)), square, "pp", more=("data.micro_batch_size=4",))
+
+
 def test_gradients_by_the_frequency_of_rows():
     class Bag(nn.Module):
         def __init__(self):
