@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from paratrain import agreement, bags, deal, gradients, own_loop, rng, sample_proof
+from paratrain import agreement, bags, deal, gradients, own_loop, rng
 from paratrain import batch as batches
 from paratrain.agreement import agreed
 from paratrain.batch import LocalBatch
@@ -29,7 +29,7 @@ from paratrain.fillers import Fillers
 from paratrain.forward_state import ForwardState
 from paratrain.layout import Layout
 from paratrain.loss import Loss, as_sum_and_count, is_a_sum, named
-from paratrain.loss_proof import LossProof, Watch, everywhere
+from paratrain.loss_proof import LossProof, Watch
 from paratrain.mesh import Mesh
 from paratrain.metrics.noise_scale import NoiseScale
 from paratrain.micro_batch import AutoMicroBatch
@@ -131,10 +131,9 @@ class Engine:
         self._looked = 0  # steps in which the calls of forward were looked at
         over_data = partial(self._totals.over_ranks, over=mesh.weights)
         self._losses = NamedLosses(cfg.trainer.loss_weights or {}, self._totals.scalar, over_data)
-        self._kept = loss_fn, self.model
-        self._proof = LossProof(self._pairs, self._evaluated, self._kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
+        kept = loss_fn, self.model
+        self._proof = LossProof(self._pairs, self._evaluated, kept, self._peers(), is_a_sum(loss_fn), self._totals, mesh.weights)
         self._watch: Watch | None = None  # of a step in which the loss is looked at
-        self._samples: tuple[Any, int] | None = None  # of which forward is to be asked whether they depend on each other
         self._base_numbers = numbers(optimizers)
         self._base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.ema = EMA(cfg.ema, {param: name for param, name in self._names().items() if param.requires_grad}) if cfg.ema else None
@@ -209,12 +208,10 @@ class Engine:
                 self._train_stages(pipeline, micro)
                 self._conclude()
                 self._moved.end(partial(self._again_stages, pipeline, micro[:1]))
-                self._refuse_mixed()
                 return self.step()
             if self._in_backward is not None:
                 self._update_in_backward(self._in_backward, micro)
                 self._conclude()
-                self._refuse_mixed()
                 return self.step()
             for number, (inputs, targets, real) in enumerate(micro):
                 rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank)
@@ -224,7 +221,6 @@ class Engine:
                 self._moved.after(number, real)
             self._conclude()
             self._moved.end(None if self._foreign else partial(self._again, *micro[0]))
-            self._refuse_mixed()
         return self.step()
 
     @agreed("engine.eval_step()")
@@ -651,31 +647,6 @@ class Engine:
             return
         watch, self._watch = self._watch, None
         watch.conclude()
-        if watch.first and not self._foreign and self._layout.context is None and self.cfg.compile is False:
-            self._samples = watch.samples()
-
-    def _refuse_mixed(self) -> None:
-        """Refuse, on every rank, a forward of which the first step shows that it mixes samples; once what it moves is as it was."""
-        if self._samples is None:
-            return
-        (inputs, real), self._samples = self._samples, None
-        asked = [f"{self._data_ranks} data ranks"] if self._data_ranks > 1 else []
-        asked += [f"data.micro_batch_size={self.micro_batch_size}"] if self.micro_batch_size is not None else []
-        asked += [f"parallel.pp={self.cfg.parallel.pp}"] if self._layout.pipeline is not None else []
-        rough = self.cfg.precision.name not in ("64-true", "32-true")
-        with self._layout.unordered():
-            sample_proof.refuse_mixed(
-                inputs,
-                real,
-                self._evaluated,
-                self._kept,
-                everywhere,
-                self._data_rank,
-                self._data_ranks,
-                " and ".join(asked),
-                rough,
-                self._layout.pipeline is not None,
-            )
 
     def _peers(self) -> list[dist.ProcessGroup]:
         """Those with whom this rank computes one output."""
@@ -789,7 +760,8 @@ class Engine:
     @contextmanager
     def _around_stage(self, stage: int, number: int) -> Iterator[None]:
         rng.reseed(self.device, self.cfg.seed, self.global_step, number, self._weights_rank, stage)
-        with self._policy.autocast(self.device.type):
+        watched = self._looked < _LOOKED and self.cfg.compile is False
+        with self._policy.autocast(self.device.type), batch_norm.alone(self.cfg) if watched else nullcontext():
             yield
 
     def _again(self, inputs: Any, targets: Any, real: int) -> float:

@@ -100,7 +100,7 @@ class LossProof:
         self._uneven_seen |= uneven
         if (ranks == 1 and len(micro) == 1) or not (step in STEPS or new):
             return None
-        return Watch(self, micro, first=step == STEPS[0])
+        return Watch(self, micro)
 
     def with_count(self, total: torch.Tensor, count: Any, watch: Watch | None, several_losses: bool) -> tuple[torch.Tensor, Any]:
         """The (sum, count) of a micro-batch, where the count may have a gradient, which the division after all backwards leaves out.
@@ -154,10 +154,10 @@ class LossProof:
 
 
 class Watch:
-    """One step under observation; `first`: that of the run."""
+    """One step under observation."""
 
-    def __init__(self, proof: LossProof, micro: Sequence[tuple[Any, Any, int]], first: bool):
-        self._proof, self._micro, self.first = proof, micro, first
+    def __init__(self, proof: LossProof, micro: Sequence[tuple[Any, Any, int]]):
+        self._proof, self._micro = proof, micro
         self._seen: list[_Seen] = []
         self._report = _Report(reals=tuple(real for _, _, real in micro), constant=True)
         self._rerun = False
@@ -260,11 +260,6 @@ class Watch:
         if first is None or other is None or not _same(first, [other], 1e-6):  # draws of its own, also in evaluation
             return None
         return self._compare(tried[0], tried[1:], _HUGGING_FACE if any(_own_loss(out) for out in outputs) else None, uneven=uneven)
-
-    def samples(self) -> tuple[Any, int]:
-        """Inputs of the step, and how many of them count: two at least, where there are as many."""
-        inputs, _, real = self._first_samples()
-        return inputs, real
 
     def _first_samples(self) -> tuple[Any, Any, int]:
         if self._micro[0][2] == 1 and len(self._micro) > 1 and self._micro[1][2]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from paratrain import rng
 from paratrain.parallel.pipeline_ghost import Ghost
+from paratrain.reach import GENERATORS, Frozen
 
 _DEPTH = 3  # a closure over an object that holds a list
 _LARGEST = 1 << 24  # elements: what is larger is data, and no state
@@ -55,6 +56,8 @@ def _remember(thing: Any, undo: list[Callable[[], Any]], seen: set[int], depth: 
     elif isinstance(thing, list):
         undo.append(functools.partial(thing.__setitem__, slice(None), list(thing)))
         _each(thing, undo, seen, depth)
+    elif isinstance(thing, GENERATORS):
+        undo.append(functools.partial(Frozen(thing).thaw, generators=True))
     elif isinstance(thing, set):
         undo.append(functools.partial(_refill, thing, set(thing)))
     elif isinstance(thing, dict):

@@ -436,7 +436,7 @@ def test_refusals():
         return str(error.value)
 
     two = cfg_of(DeepSpeedZero2())
-    assert "refuses it ('Type fp16 is not supported on your device.')" in message(replace(two, precision=Precision("16-mixed")))
+    assert "refuses it on most ('Type fp16 is not supported on your device.')" in message(replace(two, precision=Precision("16-mixed")))
     assert "flat pieces of parameters" in message(replace(two, optimizer=Optimizer("torch.optim.Adafactor", lr=1e-3)))
     with pytest.raises(ConfigError, match=r"strategy=hsdp parallel.dp_shard=2"):
         checked(cfg_of(DeepSpeedZero3(mics_shard_size=2)))

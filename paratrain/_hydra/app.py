@@ -82,7 +82,6 @@ def _start(task: Callable[[config.Config], Any], config_path: str | None, config
         return _lead(task, config_path, config_name, store)
     except UserError as error:
         print(f"error: {mentioned(str(error))}", file=sys.stderr, flush=True)
-        notes.for_launcher(mentioned(str(error)))
         return sys.exit(job.MISTAKE)
 
 

@@ -8,7 +8,7 @@ and for a batch of fewer samples than there are ranks, the same mathematics runs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +80,11 @@ def watched(run: Callable, mesh: Mesh, cfg: Config) -> Callable:
             return run(*args, **kwargs)
 
     return watching
+
+
+def alone(cfg: Config) -> AbstractContextManager:
+    """A stage of a pipeline runs, whose micro-batches no BatchNorm module sees: functions that take statistics are refused."""
+    return nullcontext() if cfg.trainer.batch_norm == "local" else _Loose()
 
 
 def _parts(mesh: Mesh, cfg: Config) -> tuple[str, str] | None:
