@@ -643,10 +643,9 @@ class Engine:
 
     def _conclude(self) -> None:
         """Refuse, on every rank, a loss that this step has shown to be another one under this layout."""
-        if self._watch is None:
-            return
-        watch, self._watch = self._watch, None
-        watch.conclude()
+        if self._watch is not None:
+            watch, self._watch = self._watch, None
+            watch.conclude()
 
     def _peers(self) -> list[dist.ProcessGroup]:
         """Those with whom this rank computes one output."""

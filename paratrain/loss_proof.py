@@ -199,7 +199,7 @@ class Watch:
         Raises:
             UserError: on every rank: the loss is another one under this layout, or depends on no weight.
         """
-        reports = everywhere(self._report)
+        reports = _everywhere(self._report)
         _raise(reports)
         counted = [report for report in reports if report.counted]
         if counted and all(report.constant for report in counted):
@@ -218,7 +218,7 @@ class Watch:
             fault = self._again(uneven)
         else:
             fault = self._parts(uneven)
-        _raise(everywhere(_Report(fault=fault)))
+        _raise(_everywhere(_Report(fault=fault)))
 
     def _parts(self, uneven: bool) -> str | None:
         """What is wrong with the loss of the parts of what this rank saw, if anything."""
@@ -243,7 +243,11 @@ class Watch:
 
     def _again(self, uneven: bool) -> str | None:
         """Likewise, of a model that runs once more, on the first micro-batch and on parts of it. Every rank must call it."""
-        inputs, targets, real = self._first_samples()
+        inputs, targets, real = self._micro[0]
+        if real == 1 and len(self._micro) > 1:
+            joined = _joined([part[0] for part in self._micro[:2]]), _joined([part[1] for part in self._micro[:2]])
+            if self._micro[1][2] and joined[0] is not None and joined[1] is not None:
+                inputs, targets, real = joined[0][0], joined[1][0], 2
         held = max(real, 1)
         cuts = _cuts(held)[-1 if uneven else 0] if held > 1 else [(0, held)] * 3
         parts = [(_rows(inputs, start, stop, held), deal.Cut(start, stop, held)(targets)) for start, stop in cuts]
@@ -261,17 +265,10 @@ class Watch:
             return None
         return self._compare(tried[0], tried[1:], _HUGGING_FACE if any(_own_loss(out) for out in outputs) else None, uneven=uneven)
 
-    def _first_samples(self) -> tuple[Any, Any, int]:
-        if self._micro[0][2] == 1 and len(self._micro) > 1 and self._micro[1][2]:
-            inputs, targets = _joined([part[0] for part in self._micro[:2]]), _joined([part[1] for part in self._micro[:2]])
-            if inputs is not None and targets is not None:
-                return inputs[0], targets[0], 2
-        return self._micro[0]
-
     def _joint(self) -> str | None:
         """Of a loss with collectives, which every rank calls as often: of all micro-batches at once, and one by one."""
         whole, targets = _joined([_rows(e.outputs, 0, e.real, e.held) for e in self._seen]), _joined([_slice(e) for e in self._seen])
-        if not all(everywhere(whole is not None and targets is not None)):
+        if not all(_everywhere(whole is not None and targets is not None)):
             return None
         assert whole is not None
         assert targets is not None
@@ -281,7 +278,7 @@ class Watch:
         for call in calls:
             pairs = self._proof.pairs(*call, joint=True)
             totals.append([math.nan] if pairs is None else [number for pair in pairs for number in pair])
-        gathered = everywhere(totals)
+        gathered = _everywhere(totals)
         if any(math.isnan(number) for rank in gathered for numbers in rank for number in numbers):
             return None
         summed = [[sum(numbers) for numbers in zip(*(rank[call] for rank in gathered), strict=True)] for call in range(len(totals))]
@@ -343,8 +340,7 @@ def _kept(leaf: torch.Tensor) -> torch.Tensor:
     return plain(leaf).detach().clone() if leaf.is_leaf else plain(leaf).detach()
 
 
-def everywhere(value: Any) -> list[Any]:
-    """What each rank of the job brings, on every rank."""
+def _everywhere(value: Any) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
